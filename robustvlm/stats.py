@@ -153,7 +153,8 @@ def mean(
         return Mean(total=n, value=centre, low=None, high=None, confidence=confidence)
     from scipy.special import stdtrit
 
-    spread = math.sqrt(math.fsum((value - centre) ** 2 for value in values) / (n - 1) / worth)
+    # Of groups of copies the spread of all values is that between groups, of which there are `worth`.
+    spread = math.sqrt(math.fsum((value - centre) ** 2 for value in values) / n / (worth - 1))
     reach = float(stdtrit(worth - 1, 0.5 + confidence / 2)) * spread
     # The mean itself may be past an end by rounding, as the cosine of a feature to itself is.
     low, high = min(centre, max(within[0], centre - reach)), max(centre, min(within[1], centre + reach))

@@ -180,3 +180,4 @@ def test_so_many_of_different_things_have_the_interval_they_always_had() -> None
     assert mean(values, independent=3.0) == mean(values)
     assert mean_share([*values, *values], independent=worth_of([0, 1, 2] * 2)).low < mean_share(values * 2).low
     assert mean(values, independent=1.0).low is None
+    assert mean(list(values) * 3, independent=3.0).low == pytest.approx(mean(values).low), "copies add nothing"

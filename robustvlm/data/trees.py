@@ -313,6 +313,20 @@ def load_forest(path: Path | str, class_names: Sequence[str], *, subset: bool = 
         UserError: what `build_tree` refuses, a file that cannot be read, a node without a name or with one twice.
     """
     path = Path(path)
+    return Forest(tuple(build_tree(links, class_names, where=str(path), subset=subset) for links in _links_in(path)))
+
+
+def group_names(path: Path | str) -> tuple[str, ...]:
+    """Return the names of all that has children in the trees of a file, whatever its leaves are.
+
+    Raises:
+        UserError: as `load_forest`, but for what it says of classes.
+    """
+    parents = (parent for links in _links_in(Path(path)) for parent, _ in links)
+    return tuple(dict.fromkeys(parents))
+
+
+def _links_in(path: Path) -> list[Links]:
     text = read_text(path, "tree")
     if path.suffix.lower() in {".csv", ".tsv"}:
         trees = _from_csv(text, path)
@@ -322,7 +336,7 @@ def load_forest(path: Path | str, class_names: Sequence[str], *, subset: bool = 
         raise UserError(f"{path}: a tree file ends in .json, .yaml, .yml, .csv or .tsv")
     if not trees:
         raise UserError(f"{path}: the file holds no tree")
-    return Forest(tuple(build_tree(links, class_names, where=str(path), subset=subset) for links in trees))
+    return trees
 
 
 def save_forest(forest: Forest, path: Path | str) -> None:

@@ -528,6 +528,21 @@ def test_antibodies_of_an_added_class_are_filtered_as_those_of_a_whole_run(
     reasons = {text: why for text, _, why in record["antibodies"]["dropped"]}
     assert reasons == {"beast": "the superclass 'beast'", "hound": "another name of 'dog', or a kind of it"}
     assert record["vaccine"]["history"] == record["vaccine"]["history"][:1]  # no step: the run itself had none
+    # The class that was added is missing from the tree file, which may be gone as well.
+    owls = tmp_path / "more" / "owl"
+    (tmp_path / "then" / "bat").mkdir(parents=True)
+    for path in owls.iterdir():
+        shutil.copy(path, tmp_path / "then" / "bat" / path.name)
+    then = {"data": f"imagefolder:{tmp_path / 'then'}", "antibodies": str(words), "steps": 50, "add_class": "bat"}
+    extended = str(tmp_path / "runs" / "more")
+    with pytest.raises(UserError, match=r"'bat'|bat"):  # of which the file knows nothing
+        made(photos, name="unknown", model=extended, **then)
+    words.write_text(json.dumps({"classes": {"bat": {"look_alikes": ["beast", "swallow"]}}}))
+    record = record_of(made(photos, name="twice", model=extended, **then))
+    assert {text for text, of, _ in record["antibodies"]["kept"] if of == "bat"} == {"swallow"}
+    tree.unlink()
+    gone = made(photos, name="gone", model=extended, **then)
+    assert any("is gone" in remark for remark in gone.work.facts.remarks or [])
 
 
 def strangers(folder: Path, **counts: int) -> str:

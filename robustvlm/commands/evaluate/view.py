@@ -267,6 +267,11 @@ def _worth(result: CleanResult) -> float:
     return 1.0 if result.worth is None else result.worth / max(1, result.images)
 
 
+def _cases(worth: float, images: float) -> float:
+    """Return how many cases so many images are, an image being worth so much of one; some are one at least."""
+    return max(1.0, worth * images)
+
+
 def _calibration(run: Evaluation) -> Iterator[doc.Section]:
     known = [row for row in _known(run) if row["confidence"] is not None]
     if not known:
@@ -288,7 +293,7 @@ def reliability(bins: list[list[float]], *, key: str, worth: float = 1.0) -> Mar
     for images, confidence, right in zip(*bins, strict=True):
         if not images:
             continue
-        found = rate(round(right), round(images), independent=worth * images)
+        found = rate(round(right), round(images), independent=_cases(worth, images))
         at, colour = 100 * confidence / images, SERIES[0]
         axes.plot([at, at], [100 * found.low, 100 * found.high], color=colour, lw=1, alpha=0.6)
         axes.plot(at, 100 * right / images, "o", color=colour, ms=3 + 6 * (images / most) ** 0.5)
@@ -324,7 +329,10 @@ def _classes(run: Evaluation) -> Iterator[doc.Section]:
     hits = Counter(row["label"] for row in known if row["correct"])
     ordered = sorted(images, key=lambda label: (hits[label] / images[label], -images[label], label))[:_CLASSES]
     worth = _worth(run.summary)
-    bars = [bar(names[label], rate(hits[label], images[label], independent=worth * images[label])) for label in ordered]
+    bars = [
+        bar(names[label], rate(hits[label], images[label], independent=_cases(worth, images[label])))
+        for label in ordered
+    ]
     more = f"the {len(bars)} lowest of {len(images):,}" if len(images) > len(bars) else "lowest first"
     pairs = Counter((row["label"], row["prediction"]) for row in known if row["prediction"] != row["label"])
     rows = [

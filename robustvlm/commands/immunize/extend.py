@@ -3,6 +3,7 @@
 import math
 import time
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from robustvlm.commands.immunize import ImmunizeSettings, images
 from robustvlm.commands.immunize import record as records
 from robustvlm.core.ranks import resolve_device
 from robustvlm.data import DataSource, open_data
-from robustvlm.data.trees import load_forest
+from robustvlm.data.trees import group_names
 from robustvlm.defenses import immunity as immune
 from robustvlm.defenses.immunity.antibodies import Band, Proposal, filter_antibodies
 from robustvlm.defenses.immunity.saved import ImmunisedModel
@@ -214,7 +215,10 @@ class ExtendWork:
             return Proposal(())
         names = (self.name,) if self.settings.antibodies == "llm" else self._names
         found = images.propose(self.settings, names, observer)
-        return replace(found, texts=tuple(text for text in found.texts if text.of_class == self.name))
+        own = tuple(text for text in found.texts if text.of_class == self.name)
+        if not own:  # asked for this class alone, a source that knows nothing of it says so
+            own = images.propose(self.settings, (self.name,), observer).texts
+        return replace(found, texts=own)
 
     def _common(
         self, immunity: immune.Immunity, prototypes: immune.Prototypes, made: images.Made, text: Tensor
@@ -309,19 +313,30 @@ def open_extension(given: ImmunizeSettings) -> ExtendWork:
         {"spec": given.model, "fingerprint": vlm.fingerprint, "classes": len(earlier.summary.classes)},
         describe_data(source),
         probe=probe_of(vlm, source.class_names, source.templates),
-        remarks=remarks_of(source, vlm),
+        remarks=[*remarks_of(source, vlm), *_lost(earlier)],
         named_files=named_files_of(source, antibodies=images.antibody_file(settings), near_names=settings.near_names),
     )
     return ExtendWork(facts, settings, vlm, source, earlier, _above(earlier, source))
 
 
 def _above(earlier: Earlier, source: DataSource) -> tuple[str, ...]:
-    """Return the superclasses of the new data's trees and of the tree file of the earlier run, if it had one."""
-    found = images.superclasses(source)
-    if earlier.settings.tree is not None:
-        forest = load_forest(earlier.settings.tree, earlier.model.immunity.class_names)
-        found = (*found, *images.superclasses_in(forest, earlier.model.immunity.class_names))
+    """Return the superclasses of the new data's trees and of the tree file of the earlier run, if it is still there.
+
+    Classes that were added since are missing from that file.
+    """
+    found, tree = images.superclasses(source), earlier.settings.tree
+    if tree is not None and Path(tree).exists():
+        known = set(map(name_key, earlier.model.immunity.class_names))
+        found = (*found, *(name for name in group_names(tree) if name_key(name) not in known))
     return tuple(dict.fromkeys(found))
+
+
+def _lost(earlier: Earlier) -> list[str]:
+    """Say that the earlier run's tree file is gone, so that names of its groups may become antibodies."""
+    tree = earlier.settings.tree
+    if tree is None or Path(tree).exists():
+        return []
+    return [f"the tree file of the earlier run, {tree}, is gone: names of its groups are not kept from antibodies"]
 
 
 def _earlier(spec: str) -> Earlier:

@@ -22,7 +22,6 @@ from robustvlm.data.classes import read_class_names
 from robustvlm.data.names import same_things
 from robustvlm.data.specs import Unlabelled
 from robustvlm.data.splits import in_both
-from robustvlm.data.trees import Forest
 from robustvlm.defenses.immunity import antibodies as known
 from robustvlm.defenses.prompts import Features, choose_shots, encode_source
 from robustvlm.errors import UserError, setting
@@ -269,16 +268,11 @@ def make_antibodies(
 
 def superclasses(source: DataSource) -> tuple[str, ...]:
     """Return the names above the classes in the data's trees: no antibodies either."""
-    return superclasses_in(source.tree, source.class_names)
-
-
-def superclasses_in(forest: Forest | None, class_names: Sequence[str]) -> tuple[str, ...]:
-    """Return the names above the classes in some trees."""
     names: dict[str, None] = {}
-    for tree in forest or ():
+    for tree in source.tree or ():
         for level in range(1, tree.levels):
             names.update(dict.fromkeys(tree.level_names(level)))
-    classes = set(map(name_key, class_names))
+    classes = set(map(name_key, source.class_names))
     return tuple(name for name in names if name_key(name) not in classes)
 
 
