@@ -26,7 +26,7 @@ from robustvlm.core.framing import Framing
 from robustvlm.core.network import download_seconds, within
 from robustvlm.core.registry import LIBRARIES
 from robustvlm.core.size import as_size, size_text
-from robustvlm.data.classes import imagenet_names, read_class_names, wordnet_names
+from robustvlm.data.classes import imagenet_names, made_distinct, read_class_names, usual_names, wordnet_names
 from robustvlm.errors import UserError, nearest
 from robustvlm.models import VLM
 from robustvlm.models.checkpoints import find_weights
@@ -147,7 +147,10 @@ def require_texts(vlm: VLM, what: str) -> None:
 
 
 def places_of(wanted: Sequence[str], known: Sequence[str], spec: str) -> list[int]:
-    """Return where each class wanted stands among those a model knows; ImageNet's ids count as their names.
+    """Return where each class wanted stands among those a model knows.
+
+    Both lists are read as those of data are: ImageNet's ids count as their names, and its lists of synonyms, or with a
+    name twice, as its usual names.
 
     Raises:
         UserError: a class that the model does not know, or knows several of, or two that are one of the model's.
@@ -156,11 +159,11 @@ def places_of(wanted: Sequence[str], known: Sequence[str], spec: str) -> list[in
         >>> places_of(["dog", "Ice_Cream"], ["ice cream", "cat", "dog"], "m")
         [2, 0]
     """
-    ids = wordnet_names() if len(known) == _IMAGENET else {}
-    by_id = text.places_of([ids.get(name, name) for name in wanted], known)
-    found = [
-        place if place is not None else other for place, other in zip(text.places_of(wanted, known), by_id, strict=True)
-    ]
+    ids = wordnet_names()
+    named = tuple(ids.get(name, name) for name in known)
+    readings = (tuple(known), named, made_distinct(known)[0], usual_names(known))
+    tried = [_in_reading(wanted, reading, ids) for reading in dict.fromkeys(readings)]
+    found = next((places for places in tried if None not in places), tried[0])
     missing = [name for name, place in zip(wanted, found, strict=True) if place is None]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
@@ -177,6 +180,12 @@ def places_of(wanted: Sequence[str], known: Sequence[str], spec: str) -> list[in
     places = [place for place in found if place is not None]
     require_once(wanted, places, f"'{spec}'")
     return places
+
+
+def _in_reading(wanted: Sequence[str], known: Sequence[str], ids: Mapping[str, str]) -> list[int | None]:
+    by_id = text.places_of([ids.get(name, name) for name in wanted], known)
+    by_name = text.places_of(wanted, known)
+    return [place if place is not None else other for place, other in zip(by_name, by_id, strict=True)]
 
 
 def require_once(wanted: Sequence[str], places: Sequence[int], where: str) -> None:
@@ -342,6 +351,12 @@ def load_library(spec: str) -> LibraryClassifier:
             net = _from_file(library, name, Path(file), part, spec)
             known, remarks = _classes_beside(Path(file), _outputs(net), spec)
             if getattr(net, "transform_input", False):
+                if "." not in name and _outputs(net) != _IMAGENET:
+                    raise UserError(
+                        f"the file of '{spec}' does not say whether the network scales its input (transform_input): if "
+                        f"it began from published weights, it does: write '{kind}:{name}.{library.tags(name)[0]}"
+                        "/FILE'; else load it as module:callable"
+                    )
                 remarks += (
                     f"the file of '{spec}' does not say whether the network scales its input (transform_input): it is "
                     "taken to, as with published weights; if it was trained without them, every figure is wrong",

@@ -81,7 +81,10 @@ class OwnClassifier(Classifier):
         if self.own_names is None or self.own_names == tuple(wanted):
             return None
         rejecting = [len(self.own_names)] if self.can_reject else []
-        return places_of(wanted, self.own_names, self.spec) + rejecting
+        try:
+            return places_of(wanted, self.own_names, self.spec) + rejecting
+        except UserError as error:
+            raise UserError(f"{error}; without class_names its outputs are taken in the data's order") from None
 
     def _ordered(self, output: Tensor) -> Tensor:
         return output if self._columns is None else output[:, self._columns]

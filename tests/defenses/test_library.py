@@ -20,7 +20,7 @@ import robustvlm as rv
 from robustvlm.certify import resize_norm, source_norm
 from robustvlm.cli.main import main
 from robustvlm.core.framing import Framing, to_pixels
-from robustvlm.data.classes import imagenet_names, wordnet_names
+from robustvlm.data.classes import imagenet_names, made_distinct, wordnet_names
 from robustvlm.defenses.library import _LIBRARIES, _outputs, places_of
 from robustvlm.defenses.load import own_classes
 from robustvlm.defenses.pipeline import load_classifier, load_pipeline
@@ -178,13 +178,32 @@ def test_names_that_differ_in_case_alone_are_columns_of_their_own() -> None:
         places_of(["A", "a"], ["A", "b"], "m")
 
 
+def test_lists_of_names_are_read_as_those_of_data_are() -> None:
+    from torchvision.models import ResNet50_Weights
+
+    ids = sorted(wordnet_names())
+    names = [wordnet_names()[one] for one in ids]
+    few = ["n01440764", "n02084071", "n01443537"]
+    assert places_of(["goldfish", "tench"], [few[2], few[0]], "m") == [0, 1], "ids of a few folders on the model's side"
+    assert places_of(names[::-1], ids, "m") == list(range(999, -1, -1))
+    published = list(ResNet50_Weights.DEFAULT.meta["categories"])
+    assert places_of(names, published, "m") == list(range(1000))
+    assert places_of(made_distinct(published)[0], published, "m") == list(range(1000))
+
+
 def test_networks_that_scale_their_input_do_so_with_weights_of_a_file(tmp_path: Path) -> None:
     from torchvision.models import googlenet
 
     net = googlenet(weights=None, num_classes=3, transform_input=True, init_weights=False).eval()
     torch.save(net.state_dict(), tmp_path / "best.pt")
     (tmp_path / "classes.txt").write_text("dog\ncat\nice cream\n")
-    model = load_classifier(f"torchvision:googlenet/{tmp_path / 'best.pt'}", ("dog", "cat", "ice cream"), TEMPLATES)
+    classes = ("dog", "cat", "ice cream")
+    with pytest.raises(
+        UserError, match=r"began from published weights, it does: write 'torchvision:googlenet\.IMAGENET1K_V1"
+    ):
+        load_classifier(f"torchvision:googlenet/{tmp_path / 'best.pt'}", classes, TEMPLATES)
+    spec = f"torchvision:googlenet.IMAGENET1K_V1/{tmp_path / 'best.pt'}"
+    model = load_classifier(spec, classes, TEMPLATES)
     pixels = torch.rand(1, 3, 224, 224)
     mean, std = (torch.tensor(row).view(1, 3, 1, 1) for row in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     with torch.no_grad():

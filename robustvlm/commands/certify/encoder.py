@@ -180,9 +180,10 @@ def behind(vlm: VLM, noise: Noise) -> VLM:
         return told_of(vlm, noise)
     own = vlm.noise
     if (own.sigma, own.threat.name) != (noise.sigma, noise.threat.smoothed_by):
+        level, kind = setting("sigma", own.sigma), setting("threat", own.threat.name)
         raise UserError(
             f"'{vlm.spec}' is smoothed with noise of {own}, and certificates under {noise} would be about another "
-            f"model: pass {setting('sigma', own.sigma)}"
+            f"model: pass {level if own.threat.name == noise.threat.smoothed_by else f'{kind} and {level}'}"
         )
     return vlm
 
