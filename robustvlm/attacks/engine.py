@@ -86,6 +86,8 @@ class LaneEngine:
         self._on_pass = on_pass
         self._pool = Pool(attacks, threat, seed=seed, leave=leave, device=oracle.device, dtype=oracle.dtype)
         self._claims: list[int] = []  # rows whose success got a second look in this pass
+        # Rows that got one, with the margin that the first look showed; None where every look is final.
+        self._decided: dict[int, float] | None = None if oracle.confirmed else {}
 
     def _fit(self, attack: LaneAttack) -> LaneAttack:
         attack = attack if self.leave and self.goal.tells(attack.objective) else attack.exhaustive()
@@ -127,7 +129,8 @@ class LaneEngine:
         success that is not final asks for one more, before its second look; attacks may ask in their own `advance`, and
         where points were foreseen, it is asked twice for each turn of them that lanes have come to.
         """
-        self._claims = []  # those of a pass that memory ran out in are of other rows
+        # Those of a pass that memory ran out in are of other rows.
+        self._claims, self._decided = [], None if self.oracle.confirmed else {}
         began, lanes, device = time.perf_counter(), self._pool.lanes, self.oracle.device
         used = len(lanes)
         sizes = batch_sizes(self.rungs, used)
@@ -276,15 +279,17 @@ class LaneEngine:
         counts |= ~answer.finite
         if self.oracle.confirmed:
             return answer, counts
-        doubtful, reached = fetched([(answer.reached & counts) | ~answer.finite, answer.reached])
-        rows = [row for row, doubt in enumerate(doubtful) if doubt]
+        reached, finite, looks = fetched([answer.reached & counts, answer.finite, answer.margin])
+        # Where an image has a success, further ones are decided at its end: the best of them alone.
+        wanted = [bool(said) and not lane.best.upheld for said, lane in zip(reached, lanes, strict=True)]
+        rows = [row for row, want in enumerate(wanted) if want or not finite[row]]
         if not rows:
             return answer, counts
         chosen = indices(rows, self.oracle.device)
         final, spent = self._confirm(x[chosen], [lanes[row] for row in rows])
         for row, draws in zip(rows, spent, strict=True):
             lanes[row].passes += draws
-        self._claims = [row for row in rows if reached[row]]
+        self._claims, self._decided = [row for row in rows if wanted[row]], {row: looks[row] for row in rows}
         return answer.replaced(chosen, final), counts
 
     def _confirm(self, x: Tensor, lanes: Sequence[Lane]) -> tuple[Answer, list[int]]:
@@ -305,7 +310,7 @@ class LaneEngine:
             pairs = zip(x, lanes, strict=True)
             best = torch.stack([point if lane.best.x is None else lane.best.x for point, lane in pairs])
             more.append((x == best).flatten(1).all(1))
-        facts, (counts, ended, radii, walking, *met) = _facts(answer, more)
+        facts, (counts, ended, radii, walking, *met) = _facts(answer, more, decided=self._decided)
         self.claimed += len(self._claims)
         self.upheld += sum(facts[row].reached for row in self._claims)
         self._claims = []
@@ -331,18 +336,20 @@ class LaneEngine:
         return torch.cat(ends)[chosen], torch.cat(radii)[chosen], torch.cat(walking)[chosen]
 
     def _reconsider(self, images: Sequence[Image], last: Mapping[int, Lane]) -> None:
-        """Take a final look at the recorded points of images that came to their end without a confirmed success."""
-        doubtful = [image for image in images if last[id(image)].outcome is None]
+        """Take a final look at the points of images that came to their end with more than a confirmed success."""
+        open_end = [image for image in images if last[id(image)].outcome is None or image.best.upheld]
+        doubtful = [image for image in open_end if image.best.deeper is not None or not image.best.upheld]
         if self.oracle.confirmed or not doubtful:
             return
-        lanes = [last[id(image)] for image in doubtful]
-        x = sent(torch.stack([image.best.x for image in doubtful if image.best.x is not None]), self.oracle.device)
-        final, spent = self._confirm(x, lanes)
+        lanes, points = [last[id(image)] for image in doubtful], [image.best.points[-1].x for image in doubtful]
+        final, spent = self._confirm(sent(torch.stack([x for x in points if x is not None]), self.oracle.device), lanes)
         for image, lane, fact, draws in zip(doubtful, lanes, _facts(final)[0], spent, strict=True):
             lane.passes += draws
             image.passes += draws
-            image.best.fact = fact
-            image.outcome = FAILED if not fact.finite else FOOLED if fact.reached else ROBUST
+            image.best.settle(fact)
+            said = image.best.fact
+            assert said is not None
+            image.outcome = FAILED if not said.finite else FOOLED if said.reached else ROBUST
 
 
 def _alike(alone: Look, look: Look) -> bool:
@@ -362,14 +369,31 @@ def _numbers(alone: Look, used: int) -> int:
     return int((signal[:used] != 0).sum())
 
 
-def _facts(answer: Answer, more: Sequence[Tensor] = ()) -> tuple[list[Fact], list[list[float]]]:
-    """Return the rows of an answer and further columns [B], all moved off the device at once."""
+def _facts(
+    answer: Answer, more: Sequence[Tensor] = (), *, decided: Mapping[int, float] | None = None
+) -> tuple[list[Fact], list[list[float]]]:
+    """Return the rows of an answer and further columns [B], all moved off the device at once.
+
+    Args:
+        decided: the rows that are final, with the margins of their first look; None where all are, by their only one.
+    """
     names = list(Answer.__dataclass_fields__)
     columns = fetched([*(getattr(answer, name) for name in names), *more])
     facts = [
         # No cosine is None: equal facts stay equal.
-        Fact(bool(reached), margin, int(prediction), confidence, bool(finite), None if cosine != cosine else cosine)
-        for reached, margin, prediction, confidence, finite, cosine in zip(*columns[: len(names)], strict=True)
+        Fact(
+            bool(reached),
+            margin,
+            int(prediction),
+            confidence,
+            bool(finite),
+            None if cosine != cosine else cosine,
+            upheld=bool(reached) and (decided is None or row in decided),
+            look=margin if decided is None else decided.get(row, margin),
+        )
+        for row, (reached, margin, prediction, confidence, finite, cosine) in enumerate(
+            zip(*columns[: len(names)], strict=True)
+        )
     ]
     return facts, columns[len(names) :]
 

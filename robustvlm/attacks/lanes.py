@@ -14,7 +14,13 @@ from robustvlm.attacks.threat import perturbation_norms
 
 @dataclass(frozen=True)
 class Fact:
-    """What the model says at one point: a row of an `Answer`, off the device."""
+    """What the model says at one point: a row of an `Answer`, off the device.
+
+    Args:
+        upheld: the goal is reached, and that is final.
+        look: the margin that the attack's own look showed there, over as many draws as any other look; what is final
+            may be the largest of many more.
+    """
 
     reached: bool
     margin: float
@@ -22,15 +28,33 @@ class Fact:
     confidence: float
     finite: bool
     cosine: float | None
+    upheld: bool = False
+    look: float = float("nan")
 
 
 @dataclass
 class Best:
-    """The point to record: the first success where that ends the attack, otherwise the point of lowest margin."""
+    """The point to record: a success that is final before any other, and of those alike the one of lowest margin.
+
+    The first success is recorded where it ends the attack. Where it does not, further ones are not looked at again one
+    by one, which would cost far more than the attack: `deeper` is the point that looked best after it, to be decided at
+    the end.
+    """
 
     fact: Fact | None = None
     x: Tensor | None = None
     run: int = 0
+    deeper: Best | None = None
+
+    @property
+    def upheld(self) -> bool:
+        """Whether it is a success that is final."""
+        return self.fact is not None and self.fact.upheld
+
+    @property
+    def points(self) -> list[Best]:
+        """Itself and the deeper point, as far as there are points."""
+        return [best for best in (self, self.deeper) if best is not None and best.x is not None]
 
     def take(self, x: Tensor, fact: Fact, run: int, *, decisive: bool, met: bool | None = None) -> None:
         """Take in what the model says at a point [3, H, W] of a sub-run.
@@ -40,10 +64,35 @@ class Best:
         """
         if decisive or self._worse_than(x, fact, met):
             self.fact, self.x, self.run = fact, x.clone(), run
+        elif self._looks_deeper(fact):
+            self.deeper = Best(fact, x.clone(), run)
+
+    def take_all(self, other: Best, *, decisive: bool) -> None:
+        """Take in what a sub-run has met."""
+        for best in other.points:
+            assert best.fact is not None
+            assert best.x is not None
+            self.take(best.x, best.fact, best.run, decisive=decisive and best is other)
+
+    def settle(self, fact: Fact) -> None:
+        """Take in what is final at the deeper point, where there is one, or else at the point itself."""
+        deeper, self.deeper = self.deeper, None
+        if deeper is None:
+            self.fact = fact
+        elif fact.upheld and self.fact is not None and fact.margin < self.fact.margin:
+            self.fact, self.x, self.run = fact, deeper.x, deeper.run
+
+    def _looks_deeper(self, fact: Fact) -> bool:
+        if self.fact is None or not self.fact.upheld or fact.upheld or not fact.finite:
+            return False
+        known = self.fact.look if self.deeper is None or self.deeper.fact is None else self.deeper.fact.margin
+        return fact.margin < known
 
     def _worse_than(self, x: Tensor, fact: Fact, met: bool | None) -> bool:
         if self.fact is None or self.x is None:
             return True
+        if fact.upheld != self.fact.upheld:
+            return fact.upheld
         if not fact.margin < self.fact.margin:
             return False
         # The point met before is no better one: several sub-runs may start at the image, and rounding differs by batch.
@@ -54,11 +103,13 @@ class Best:
 class Lane:
     """A sub-run of an image in a row of the batch.
 
-    With `leave`, it ends at its first success; otherwise it goes on and keeps its point of lowest margin.
+    With `leave`, it ends at its first success; otherwise it goes on and keeps its success of lowest margin. Outputs
+    that are not finite end it, and say nothing of its image where that is fooled already.
 
     Args:
         points: how many points it may evaluate; target: the class it aims at; beyond: the radius within which a walk
             has shown that class to be out of reach, 0 where none has. walked: its walk is known to be over.
+        cut: it came to outputs that are not finite after a success.
     """
 
     image: Image
@@ -74,6 +125,7 @@ class Lane:
     seconds: float = 0.0
     best: Best = field(default_factory=Best)
     outcome: str | None = None
+    cut: bool = False
 
     @property
     def needed(self) -> bool:
@@ -83,10 +135,13 @@ class Lane:
     @property
     def goes_on(self) -> bool:
         """Whether it has points left to evaluate, and what it has met leaves its outcome open."""
-        return self.outcome is None and self.step + 1 < self.points
+        return self.outcome is None and not self.cut and self.step + 1 < self.points
 
     def observe(self, x: Tensor, fact: Fact, met: bool | None = None) -> None:
         """Take in what the model says at a point [3, H, W]; that may decide the outcome. `met`: see `Best.take`."""
+        self.cut = self.cut or (self.best.upheld and not fact.finite)
+        if self.cut:
+            return
         success = fact.reached and self.leave
         self.outcome = FAILED if not fact.finite else FOOLED if success else None
         self.best.take(x, fact, self.run, decisive=self.outcome is not None, met=met)
@@ -172,9 +227,9 @@ class Image:
         if lane.beyond:
             self.beyond[lane.target] = max(lane.beyond, self.beyond.get(lane.target, 0.0))
         assert lane.best.fact is not None, "the first point of a sub-run lies inside the ball"
-        assert lane.best.x is not None
-        self.best.take(lane.best.x, lane.best.fact, lane.run, decisive=lane.outcome is not None)
-        self.outcome = lane.outcome
+        # A success stands, whatever a later sub-run breaks off at.
+        self.outcome = None if lane.outcome == FAILED and self.best.upheld else lane.outcome
+        self.best.take_all(lane.best, decisive=self.outcome is not None)
         if self.outcome is None:
             self.run += 1
             if self.run == self.runs:
@@ -208,7 +263,8 @@ class Image:
 
 def bring_home(lanes: Sequence[Lane]) -> None:
     """Move the recorded points of sub-runs that have ended off a GPU, all in one wait."""
-    found = [lane.best for lane in lanes if lane.best.x is not None and lane.best.x.device.type == "cuda"]
+    known = [best for lane in lanes for best in lane.best.points]
+    found = [best for best in known if best.x is not None and best.x.device.type == "cuda"]
     if found:
         points = torch.stack([best.x for best in found if best.x is not None]).cpu()
         for best, point in zip(found, points, strict=True):

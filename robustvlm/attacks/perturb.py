@@ -357,7 +357,7 @@ class _Search:
         self.passes[place] += result.passes
         self.beyond[place] = {**self.beyond[place], **result.beyond}
         if result.outcome == FAILED:
-            self.failed[place] = True
+            self.failed[place] = not self.fooled[place]  # a success before it stands
             return
         if by_gradients(attack, self.goal) and not self.found.random:
             self.reached[place] = min(self.reached[place], result.margin)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from toy import CHANNELS, SIDE, Curved, Linear
+from toy import CHANNELS, SIDE, Curved, Linear, images
 
 from robustvlm.attacks import (
     FOOLED,
@@ -19,6 +19,7 @@ from robustvlm.attacks import (
     objective,
     parse_attacks,
 )
+from robustvlm.attacks.lanes import Best, Fact
 from robustvlm.attacks.oracle import Tally
 from robustvlm.attacks.perturb import perturb
 from robustvlm.attacks.probe import probe, settle_draws
@@ -200,3 +201,82 @@ def test_what_a_part_has_to_say_is_said() -> None:
     found = perturb(Gated(), x, Curved()(x).argmax(1), eps=0.01, attack="pgd:steps=2", eot=1, draws=1)
     assert "It draws behind a gate." in found.remarks
     assert any("random" in remark for remark in found.remarks)
+
+
+class NoisyLogits(torch.nn.Module):
+    """A linear model behind noise on its logits: around its boundary every share of wrong draws is met."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Linear()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        logits = self.inner(x)
+        return logits + torch.randn(logits.shape)
+
+
+@pytest.mark.parametrize("leave", [True, False])
+def test_a_success_that_holds_is_kept_and_none_is_bought_twice(leave: bool) -> None:
+    """Upheld by its majority of 101 draws it has the worse margin of them all, and is the success all the same."""
+    model, x = NoisyLogits(), images(24)
+    labels = model.inner(x).argmax(1).tolist()
+    oracle = Oracle(model, eot=10, draws=21, seed=0)
+    oracle.upholding = 101
+    attack = parse_attacks("apgd-ce:steps=8")[0].for_random_model()
+    engine = LaneEngine(oracle, attack, ThreatModel("Linf", 0.04), lanes=24, seed=0, leave=leave)
+    results = list(engine.run([Job(str(i), i, x[i], labels[i]) for i in range(24)]))
+    fooled = [result for result in results if result.outcome == FOOLED]
+    assert 4 < engine.upheld <= len(fooled) < 24
+    assert engine.claimed > engine.upheld
+    assert all(result.prediction != result.job.label for result in fooled)
+    most = 24 * 9 * 2 * oracle.eot + (engine.claimed + 24) * (oracle.draws + oracle.upholding)
+    assert sum(result.passes for result in results) < most
+
+
+def test_a_success_comes_before_a_lower_margin_and_the_best_look_after_it_waits() -> None:
+    x = torch.rand(4, 3, 2, 2)
+
+    def fact(margin: float, *, upheld: bool = False, look: float | None = None) -> Fact:
+        return Fact(upheld, margin, 1, 0.5, True, None, upheld=upheld, look=margin if look is None else look)
+
+    best = Best()
+    best.take(x[0], fact(-2.0), 0, decisive=False)
+    best.take(x[1], fact(0.5, upheld=True, look=-1.0), 0, decisive=False)
+    assert (best.fact, best.deeper) == (fact(0.5, upheld=True, look=-1.0), None)
+    for place, margin in ((2, -0.5), (2, -3.0), (3, -2.0)):
+        best.take(x[place], fact(margin), 0, decisive=False)
+    assert best.deeper is not None
+    assert torch.equal(best.deeper.x, x[2])
+    best.settle(fact(0.9, upheld=True))
+    assert torch.equal(best.x, x[1])
+    best.take(x[2], fact(-3.0), 0, decisive=False)
+    best.settle(fact(0.2, upheld=True))
+    assert torch.equal(best.x, x[2])
+    assert best.deeper is None
+
+
+class BreaksWhereBright(Curved):
+    """Not finite once the images are bright; the class changes before that."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        bright = (x.flatten(1).mean(1) - 0.5)[:, None]
+        logits = torch.cat([0.01 - bright, bright - 0.01], 1)
+        return torch.where(bright > 0.05, torch.nan, logits)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_success_stands_where_the_attack_then_comes_to_outputs_that_are_not_finite(precision: str) -> None:
+    x = torch.full((2, CHANNELS, SIDE, SIDE), 0.5)
+    found = perturb(
+        BreaksWhereBright(),
+        x,
+        [0, 0],
+        eps=0.1,
+        attack="pgd:steps=20:restarts=2,apgd-ce:steps=20",
+        precision=precision,
+        stop_at_success=False,
+        lanes=2,
+    )
+    assert found.fooled.all()
+    assert not found.failed.any()
+    assert (found.margins < 0).all()
