@@ -283,3 +283,21 @@ def test_a_classifier_of_the_user_is_attacked_through_its_stand_ins(
     assert note.message.startswith("Part 'model.quantise' (Quantise) has no gradient")
     with pytest.raises(UserError, match="need an image encoder"):
         Attacking(model="own_logits:Logits", data=f"imagefolder:{photos}", goal="feature", device="cpu", out=out)
+
+
+@pytest.mark.parametrize(
+    ("goal", "more"), [("feature", {"min_cos": 0.88}), ("superclass:matrix", {})], ids=["feature", "matrix"]
+)
+def test_whether_an_image_is_attacked_is_asked_once_of_a_random_model(
+    goal: str, more: dict[str, float], make_folder: Photos, tree: Path
+) -> None:
+    """Asked anew by every stage, it would be reached unperturbed in one and attacked in the next."""
+    settings = {"attack": "fgsm,pgd:steps=1", "eps": "0.1/255,0.2/255", "eot": 1, "draws": 3, **more}
+    run = prepared(make_folder(12), "Random", goal=goal, tree=str(tree), **settings)
+    summary = run.run()
+    before: dict[tuple[Any, ...], set[bool]] = {}
+    for row in rows(run):
+        before.setdefault((row["goal"], row["image_id"]), set()).add(row["outcome"] == "clean_wrong")
+    assert {len(said) for said in before.values()} == {1}
+    assert {said for some in before.values() for said in some} == {True, False}
+    assert {at.undecided for at in summary.per_eps} == {0}

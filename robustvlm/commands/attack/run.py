@@ -325,9 +325,19 @@ class AttackRun:
             if item is None:
                 return
             job, already = item
-            if already:
+            if self._known_reached(stage, job.index, already):
                 reached.add(job.index)
             yield job
+
+    def _known_reached(self, stage: Stage, index: int, now: bool) -> bool:
+        """Return whether a goal is reached on an image as it is: what was said of it first, as a random model wavers.
+
+        Of a run's goal, or the first of several, that is the clean pass; of another the first stage that asked.
+        """
+        if stage.goal is self.aim.goals[0]:
+            return not self.ledger.clean[index].exposed
+        known = self.ledger.reached_as_is(stage.goal.spec, index)
+        return now if known is None else known
 
     def _jobs_after(self, before: Sequence[Stage], stage: Stage) -> Iterator[attacks.Job]:
         """Return the jobs of a stage whose images are through with those before; the others come by themselves."""

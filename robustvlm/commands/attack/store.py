@@ -129,6 +129,10 @@ def make_rows(
     by_stage = {(fact.eps, fact.goal, fact.attack, fact.index): fact for fact in found}
     images = sorted(clean, key=lambda fact: fact.index)
     fallen: set[tuple[str, int]] = set()
+    exposed: dict[tuple[str, int], bool] = {}
+    for found_one in by_stage.values():
+        if found_one.outcome != FAILED:
+            exposed.setdefault((found_one.goal, found_one.index), found_one.outcome != CLEAN_WRONG)
     rows = []
     for value in eps:
         for goal in goals:
@@ -136,20 +140,23 @@ def make_rows(
                 stage = {"attack": attack, "norm": norm, "eps": value, "goal": goal}
                 for image in images:
                     fact = by_stage.get((value, goal, attack, image.index))
-                    rows.append(_row(image, fact, stage, fallen=(goal, image.index) in fallen))
+                    open_to = exposed.get((goal, image.index), image.exposed)
+                    rows.append(_row(image, fact, stage, exposed=open_to, fallen=(goal, image.index) in fallen))
                     if fact is not None and fact.outcome == FOOLED:
                         fallen.add((goal, image.index))
     return pa.Table.from_pylist(rows, schema=SCHEMA)
 
 
-def _row(image: CleanFact, fact: AttackFact | None, stage: dict[str, Any], *, fallen: bool) -> dict[str, Any]:
+def _row(
+    image: CleanFact, fact: AttackFact | None, stage: dict[str, Any], *, exposed: bool, fallen: bool
+) -> dict[str, Any]:
     row: dict[str, Any] = {
         "index": image.index,
         "image_id": image.image_id,
         "label": image.label,
         "clean_prediction": image.prediction,
         **stage,
-        "outcome": CLEAN_WRONG if not image.exposed else SKIPPED if fallen else UNDECIDED,
+        "outcome": CLEAN_WRONG if not exposed else SKIPPED if fallen else UNDECIDED,
         "adversarial_prediction": NO_ANSWER,
         "clean_margin": image.margin,
         "margin": image.margin,
@@ -179,6 +186,7 @@ class Ledger(JournalLedger):
         self.fooled: set[tuple[str, int]] = set()
         self.left_out: dict[int, str] = {}
         self._beyond: dict[tuple[str, int], dict[int, float]] = {}
+        self._as_is: dict[tuple[str, int], bool] = {}
         self._stops: dict[str, str] = {}
         self.estimate: Estimate | None = None
         super().__init__(folder, rank=rank, session=session)
@@ -220,6 +228,10 @@ class Ledger(JournalLedger):
         """Return the lowest margin that attacks of these names have brought an image to; infinite where none did."""
         rows = (self.found.get((eps, goal, name, index)) for name in names)
         return min((row.margin for row in rows if row is not None and row.outcome == ROBUST), default=float("inf"))
+
+    def reached_as_is(self, goal: str, index: int) -> bool | None:
+        """Return what the stages of a goal have found of an image unperturbed; None where none has asked."""
+        return self._as_is.get((goal, index))
 
     def attacked(self, eps: float, goal: str, attack: str) -> int:
         """Return how many images this stage has finished."""
@@ -326,6 +338,8 @@ class Ledger(JournalLedger):
                 self._beyond.setdefault((row.goal, row.index), {}).update(row.beyond)
             if row.outcome == FOOLED:
                 self.fooled.add((row.goal, row.index))
+            if row.outcome != FAILED:  # which may say no more than that the image could not be read again
+                self._as_is.setdefault((row.goal, row.index), row.outcome == CLEAN_WRONG)
         elif kind == "stop":
             self._stops[fact["session"]] = fact["reason"]
         elif kind == "estimate":

@@ -124,7 +124,9 @@ def verdicts(
     for index, image_id, label, clean_prediction, attack, radius, outcome, of in fields:
         if goal not in (None, of):
             continue
-        about[image_id] = (index, label, clean_prediction, outcome != "clean_wrong")
+        *_, before = about.get(image_id, (False,))
+        # One row that was attacked says that the image is exposed, whatever a random model is found to say later.
+        about[image_id] = (index, label, clean_prediction, before or outcome != "clean_wrong")
         here = stage[float(radius), attack]
         # "skipped" says that an earlier stage has already fooled the image.
         if outcome in ("fooled", "skipped"):
