@@ -233,13 +233,15 @@ class TargetedAPGD(APGD):
         moved, distance = boundary_step(x0, x, loss, grad, threat.norm)
         state = learn(state, distance, lengths(x - x0, threat.norm), loss > 0)
         close = (step >= FIRST_CLOSE) & (reach(state) <= CLOSE * threat.eps)
-        over = close | (step >= LONGEST_WALK)
+        # Outside the ball the model may break down; the iterations, which stay inside, go on from there.
+        lost = ~loss.isfinite()
+        over = close | lost | (step >= LONGEST_WALK)
         return state | {
             "x": torch.where(per_image(over, x), state["x_before"], moved),
             _WALKING: ~over,
             "begun": torch.where(over, step + 1, state["begun"]),
             DONE: out_of_reach(state, step, threat.eps),
-            BEYOND: beyond(state, step),
+            BEYOND: torch.where(lost, 0, beyond(state, step)),
         }
 
     def _walks(self) -> bool:

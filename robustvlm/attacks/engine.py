@@ -267,7 +267,10 @@ class LaneEngine:
         return Case(label=label, target=target, reference=reference), step
 
     def _confirmed(self, states: Sequence[State], answer: Answer, x: Tensor) -> tuple[Answer, Tensor]:
-        """Return final answers at the points [L, ...] and which of them count; what is not final gets a second look."""
+        """Return final answers at the points [L, ...] and which of them count; what is not final gets a second look.
+
+        Outside the ball nothing counts: what the model says there, or fails to say, is no fact about the image.
+        """
         counts, lanes = torch.ones_like(answer.reached), self._pool.lanes
         first = 0
         for course, state in zip(self._pool.active, states, strict=True):
@@ -276,13 +279,12 @@ class LaneEngine:
             if course.attack.leaves_ball or catalog.is_foreign(course.attack):
                 counts[first:after] = _inside(x[first:after], state["x0"][: after - first], self.threat)
             first = after
-        counts |= ~answer.finite
         if self.oracle.confirmed:
             return answer, counts
-        reached, finite, looks = fetched([answer.reached & counts, answer.finite, answer.margin])
+        reached, broken, looks = fetched([answer.reached & counts, ~answer.finite & counts, answer.margin])
         # Where an image has a success, further ones are decided at its end: the best of them alone.
         wanted = [bool(said) and not lane.best.upheld for said, lane in zip(reached, lanes, strict=True)]
-        rows = [row for row, want in enumerate(wanted) if want or not finite[row]]
+        rows = [row for row, want in enumerate(wanted) if want or broken[row]]
         if not rows:
             return answer, counts
         chosen = indices(rows, self.oracle.device)

@@ -208,7 +208,7 @@ class FAB(LaneAttack):
     def begin(self, x0: Tensor, threat: ThreatModel, generator: torch.Generator, run: int) -> State:
         away = self._begins_away(run)
         x = random_start(x0, ThreatModel(threat.norm, threat.eps / 2), generator) if away else x0.clone()
-        state = {"x0": x0, "x": x}
+        state = {"x0": x0, "x": x, DONE: torch.zeros(1, dtype=torch.bool, device=x0.device)}
         return state | nothing_known(x0) if self._gives_up() else state
 
     def advance(self, state: State, loss: Tensor, grad: Tensor, step: Tensor, threat: ThreatModel) -> State:
@@ -216,11 +216,16 @@ class FAB(LaneAttack):
         moved, distance = boundary_step(
             x0, x, loss, grad, threat.norm, alpha_max=self.alpha_max, eta=self.eta, beta=self.beta
         )
-        state = state | {"x": moved}
+        # Outside the ball the model may break down; there the walk has no direction any more.
+        lost = ~loss.isfinite()
+        state = state | {"x": torch.where(per_image(lost, x), x, moved), DONE: lost}
         if not self._gives_up():
             return state
         state = learn(state, distance, lengths(x - x0, threat.norm), loss > 0)
-        return state | {DONE: out_of_reach(state, step, threat.eps), BEYOND: beyond(state, step)}
+        return state | {
+            DONE: lost | out_of_reach(state, step, threat.eps),
+            BEYOND: torch.where(lost, 0, beyond(state, step)),
+        }
 
     def _begins_away(self, run: int) -> bool:
         return self.random_start or run % self.n_restarts > 0

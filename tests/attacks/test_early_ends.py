@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 from torch import Tensor
-from toy import Curved, attack_all, fooled, right_jobs
+from toy import Curved, Linear, attack_all, fooled, images, right_jobs
 
 from robustvlm.attacks import (
     FAB,
@@ -17,6 +17,7 @@ from robustvlm.attacks import (
     Deny,
     FeatureAway,
     Goal,
+    Job,
     LaneAttack,
     LaneEngine,
     Misclassify,
@@ -29,6 +30,7 @@ from robustvlm.attacks import (
     TargetedAPGD,
     ThreatModel,
     objective,
+    parse_attacks,
 )
 
 
@@ -141,3 +143,31 @@ def test_apgd_t_does_not_walk_from_an_image_where_the_gradient_vanishes():
         Oracle(model), TargetedAPGD(), ThreatModel("Linf", 0.01), lanes=2, seed=0, goal=FeatureAway(0.5)
     )
     assert engine.attack.walk_points(0) == 0
+
+
+class BreaksOutside(Linear):
+    """Finite in the ball around images of [0.3, 0.7], and nowhere further away from grey."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        far = (x - 0.5).abs().flatten(1).amax(1, keepdim=True) > 0.205
+        return torch.where(far, torch.nan, super().forward(x))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", ["apgd-t", "fab-t", "fab-t:futility=off", "fab", "fmn", "fmn:restarts=2"])
+def test_what_breaks_outside_the_ball_says_nothing_of_the_image(name: str, precision: str) -> None:
+    """A walk that comes there ends, and what follows inside the ball is made."""
+    model, x = BreaksOutside(), 0.3 + 0.4 * images(12)
+    order = model(x).argsort(descending=True).tolist()
+    jobs = [Job(str(i), i, x[i], order[i][0], tuple(order[i][1:])) for i in range(12)]
+    (attack,) = parse_attacks(f"{name}:steps=20")
+    found = {}
+    for each in (model, Linear()):
+        results = attack_all(each, attack, ThreatModel("Linf", 0.005), jobs, lanes=12, precision=precision)
+        assert {result.outcome for result in results} == {"robust", "fooled"}
+        assert all(not result.beyond or min(result.beyond.values()) > 0 for result in results)
+        found[each] = fooled(results)
+    plain = found.popitem()[1]
+    assert found[model] <= plain
+    if name == "apgd-t":
+        assert found[model] == plain
