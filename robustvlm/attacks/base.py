@@ -195,6 +195,8 @@ class LaneAttack(ABC):
 
     # False: the attack asks for losses only, and the engine makes forward passes; `grad` is then empty.
     uses_gradient: ClassVar[bool] = True
+    # True: it walks along where the loss is zero, and takes its sign for success (see `Goal.boundary`).
+    walks_boundary: ClassVar[bool] = False
 
     name: str
     n_iter: Annotated[int, Option("steps", least=1, most=MOST)]

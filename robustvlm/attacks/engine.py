@@ -79,6 +79,9 @@ class LaneEngine:
         self.goal, self.leave = goal or Misclassify(), leave
         attacks = [self._fit(item) for item in (attack, *then)]
         self.attack = attacks[0]
+        self._objectives = tuple(
+            item.objective.at_boundary if item.walks_boundary else item.objective for item in attacks
+        )
         if any(item.uses_gradient != self.attack.uses_gradient for item in attacks):
             raise UserError("attacks that share batches must all take gradients, or none of them: run the others apart")
         self.sizes = rungs if isinstance(rungs, SteadySizes) else SteadySizes(tuple(rungs) or (lanes,))
@@ -142,7 +145,7 @@ class LaneEngine:
         states = self._states(active, rows)
         points, ahead = self._points(active, states, rows, step + places // used - 1)
         aims = Mixture(
-            tuple(course.attack.objective for course in self._pool.courses),
+            self._objectives,
             [lanes[row % used].image.place for row in range(len(rows))],
             self._walking(active, states, rows),
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, replace
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
@@ -170,6 +170,8 @@ class FAB(LaneAttack):
         >>> FAB().n_runs(n_classes=5)
         4
     """
+
+    walks_boundary: ClassVar[bool] = True
 
     name: str = "fab-t"
     n_iter: int = 100

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
@@ -44,6 +44,8 @@ class FMN(LaneAttack):
         >>> FMN(n_iter=50).leaves_ball
         True
     """
+
+    walks_boundary: ClassVar[bool] = True
 
     name: str = "fmn"
     n_iter: int = 100

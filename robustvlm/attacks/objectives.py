@@ -17,7 +17,7 @@ stated fallback is `margin` / `margin-t` for two classes, and z_(1) - z_(3) as t
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -88,6 +88,10 @@ def _dlr_targeted(logits: Tensor, label: Tensor, target: Tensor) -> Tensor:
 class Objective:
     """A named function (logits [B, K], label [B], target [B]) -> loss [B] that an attack maximises.
 
+    Args:
+        boundary: an attack walks along where it is zero, so that a goal is asked for its `boundary` by it, not for its
+            loss.
+
     Example:
         >>> import torch
         >>> z, y = torch.tensor([[3.0, 1.0, 2.0]]), torch.tensor([0])
@@ -98,9 +102,15 @@ class Objective:
     name: str
     targeted: bool
     function: Callable[[Tensor, Tensor, Tensor], Tensor]
+    boundary: bool = False
 
     def __call__(self, logits: Tensor, label: Tensor, target: Tensor) -> Tensor:
         return self.function(logits, label, target)
+
+    @property
+    def at_boundary(self) -> Objective:
+        """The same for attacks that walk along where it is zero."""
+        return replace(self, boundary=True)
 
     @property
     def signed(self) -> bool:
@@ -149,7 +159,8 @@ class Mixture:
             found = self._mixed(loss_of)
         if self.walking is None:
             return found
-        return torch.where(self.walking, loss_of(objective("margin-t"), torch.arange(len(self.of))), found)
+        walked = loss_of(objective("margin-t").at_boundary, torch.arange(len(self.of)))
+        return torch.where(self.walking, walked, found)
 
     def _mixed(self, loss_of: Callable[[Objective, Tensor], Tensor]) -> Tensor:
         parts, order = list[Tensor](), list[int]()

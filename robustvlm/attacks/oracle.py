@@ -337,13 +337,17 @@ class Oracle:
 def _loss(goal: Goal, output: Tensor, objective: Objective | Mixture, case: Case) -> Tensor:
     """Return the loss of every row, each by its own objective where the rows belong to several attacks."""
     if not isinstance(objective, Mixture):
-        return goal.loss(output, objective, case)
+        return _loss_of(goal, output, objective, case)
 
     def loss_of(one: Objective, rows: Tensor) -> Tensor:
         rows = sent(rows, output.device)
-        return goal.loss(output[rows], one, case.rows(rows))
+        return _loss_of(goal, output[rows], one, case.rows(rows))
 
     return objective.loss(loss_of)
+
+
+def _loss_of(goal: Goal, output: Tensor, objective: Objective, case: Case) -> Tensor:
+    return (goal.boundary if objective.boundary else goal.loss)(output, objective, case)
 
 
 def _layout(model: nn.Module) -> torch.memory_format:

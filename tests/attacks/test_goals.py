@@ -32,6 +32,7 @@ from robustvlm.attacks import (
     Targeted,
     ThreatModel,
     objective,
+    parse_attacks,
 )
 from robustvlm.attacks.goals import GOALS, GoalKind, GoalWords, Known, goal_words, read_goals
 from robustvlm.attacks.objectives import OBJECTIVES
@@ -56,6 +57,48 @@ def test_a_goal_is_reached_exactly_where_its_margin_is_negative(goal: Goal, seed
     output = outputs(32, K + (goal in REFUSABLE), seed)
     case = Case(torch.arange(32) % K, torch.full((32,), 3))
     assert torch.equal(goal.reached(output, case), goal.margin(output, case) < 0)
+
+
+@pytest.mark.parametrize("goal", [Misclassify(), Targeted(2), COARSE, ALL, *REFUSABLE], ids=lambda goal: goal.spec)
+@pytest.mark.parametrize("name", ["margin", "dlr"])
+def test_what_boundary_attacks_climb_is_above_zero_exactly_where_the_goal_is_reached(goal: Goal, name: str) -> None:
+    output = outputs(400, K + (goal in REFUSABLE), 5)
+    case = Case(torch.arange(400) % K, torch.full((400,), 3), outputs(400, 2, 6) if goal.refers else None)
+    reached = goal.reached(output, case)
+    assert 10 < int(reached.sum()) < 390
+    assert torch.equal(goal.boundary(output, objective(name), case) > 0, reached)
+
+
+class NeverRefuses(Curved):
+    """Accepts every image, so that an accepted mistake is any mistake."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        logits = super().forward(x)
+        return torch.cat([logits, torch.full_like(logits[:, :1], 3.0)], 1)
+
+
+@pytest.mark.parametrize("norm", ["Linf", "L2"])
+@pytest.mark.parametrize("attack", ["fab:steps=15", "fab-t:steps=15:futility=off", "fmn:steps=15"])
+def test_boundary_attacks_do_as_well_where_success_is_the_same_event(attack: str, norm: str) -> None:
+    groups, eps = torch.tensor([0, 0, 1, 1, 2]), {"Linf": 0.02, "L2": 0.15}[norm]
+    coarse, every = Superclass(groups, "1"), SuperclassAll([Superclass(torch.arange(5), "0"), Superclass(groups, "1")])
+    pairs = [(Misclassify(), Curved(), AcceptedMistake(), NeverRefuses()), (coarse, Curved(), every, Curved())]
+    for one, model, same, other in pairs:
+        found = [margins(goal, each, attack, norm, eps) for goal, each in ((one, model), (same, other))]
+        assert 2 <= sum(margin < 0 for margin in found[0]) < 30
+        assert sum(margin < 0 for margin in found[0]) == sum(margin < 0 for margin in found[1])
+
+
+def margins(goal: Goal, model: torch.nn.Module, attack: str, norm: str, eps: float) -> list[float]:
+    x, jobs = images(30), list[Job]()
+    with torch.no_grad():
+        output, label = model(x), Curved()(x).argmax(1)
+    reference = goal.reference(output, label)
+    for i in range(30):
+        known = None if reference is None else reference[i]
+        jobs.append(Job(str(i), i, x[i], int(label[i]), tuple(goal.targets(output[i], int(label[i]), 9)), known))
+    engine = LaneEngine(Oracle(model), parse_attacks(attack)[0], ThreatModel(norm, eps), lanes=30, seed=0, goal=goal)
+    return [result.margin if result.outcome == FOOLED else 1.0 for result in engine.run(jobs)]
 
 
 @settings(max_examples=20, deadline=None)

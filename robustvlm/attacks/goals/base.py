@@ -110,6 +110,13 @@ class Goal(ABC):
         del objective
         return -self.margin(output, case)
 
+    def boundary(self, output: Tensor, objective: Objective, case: Case) -> Tensor:
+        """Return what attacks maximise that walk along a boundary, [B]: above zero where the goal is reached, only.
+
+        The loss, unless its sign does not tell that. An objective contributes its choice of class.
+        """
+        return self.loss(output, objective, case)
+
     def tells(self, objective: Objective) -> bool:
         """Whether the loss is above zero wherever the goal is reached, for an objective whose sign tells success.
 

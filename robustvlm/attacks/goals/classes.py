@@ -111,12 +111,22 @@ class AcceptedMistake(Refusable):
         return torch.maximum(margin(output[:, :-1], case.label), -output[:, -1])
 
     def loss(self, output: Tensor, objective: Objective, case: Case) -> Tensor:
+        ahead, acceptance = self._conditions(output, objective, case)
+        return -F.relu(ahead + _OVERSHOOT) - F.relu(_OVERSHOOT - acceptance)
+
+    def boundary(self, output: Tensor, objective: Objective, case: Case) -> Tensor:
+        """Return how far the condition that is further from holding is past it; the loss is never above zero."""
+        ahead, acceptance = self._conditions(output, objective, case)
+        return torch.minimum(-ahead, acceptance)
+
+    def _conditions(self, output: Tensor, objective: Objective, case: Case) -> tuple[Tensor, Tensor]:
+        """Return how far the right class is ahead and the image accepted, in units of its clean distances."""
         logits, acceptance = output[:, :-1], output[:, -1]
         ahead = margin(logits, case.label)
         if objective.targeted:
             ahead = (logits.gather(1, case.label[:, None]) - logits.gather(1, case.aim[:, None])).squeeze(1)
         scale = output.new_ones(len(output), 2) if case.reference is None else case.reference.abs().clamp_min(1e-6)
-        return -F.relu(ahead / scale[:, 0] + _OVERSHOOT) - F.relu(_OVERSHOOT - acceptance / scale[:, 1])
+        return ahead / scale[:, 0], acceptance / scale[:, 1]
 
     def reached(self, output: Tensor, case: Case) -> Tensor:
         return (output[:, :-1].argmax(1) != case.label) & (output[:, -1] > 0)
@@ -327,7 +337,7 @@ class SuperclassAll(Goal):
 
     The loss is the sum over levels l = 0 (classes) .. L of the objective there, weighted 1 - l / (L + 1)
     (arXiv 2604.18867, the HITA loss's weights). A target of the same superclass says nothing at a level, so the level
-    is left out for that image.
+    is left out for that image. Attacks that walk along a boundary take that of the coarsest level.
 
     Args:
         levels: goals of the levels from the finest (level 0, every class by itself) to the coarsest below the root.
@@ -350,6 +360,10 @@ class SuperclassAll(Goal):
                 part = torch.where(level.group_of(case.aim) == level.group_of(case.label), torch.zeros_like(part), part)
             total = total + weight * part
         return total
+
+    def boundary(self, output: Tensor, objective: Objective, case: Case) -> Tensor:
+        """Return the objective at the coarsest level, which alone decides: the sum is above zero well before that."""
+        return self.levels[-1].loss(output, objective, case)
 
     def tells(self, objective: Objective) -> bool:
         # At the coarsest level another class of the target's superclass may win, while the target loses at the finest.

@@ -229,7 +229,8 @@ def _levels(summary: Summary, at: EpsSummary) -> list[doc.Section]:
         lead = (
             "Attacks against the level of the row, scored at the level of the column: share of all images whose "
             "predicted class lies in the right superclass at every point that the attacks recorded. No image leaves "
-            "early."
+            "early. Attacks against all levels at once climb the sum over them, so that at the coarsest level those "
+            "against it alone may find more."
         )
         columns = [doc.Column("Attacked"), *(doc.Column(plain(name, 60)) for name in at.transfer.levels)]
         rows: list[doc.Row] = [("nothing", *map(doc.Measure.of, at.transfer.clean_accuracy))]
