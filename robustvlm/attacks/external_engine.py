@@ -208,7 +208,8 @@ class Finding:
 class ExternalEngine:
     """Attacks jobs batch by batch with a published package; the interface is that of `LaneEngine`.
 
-    A point outside the ball is projected back, and every point is judged by the oracle in full precision. The seed of
+    A point outside the ball is projected back, and every point is judged by the oracle in full precision; a success on
+    a random model is to hold in as many more draws as one of ours. The seed of
     a batch follows from the run's seed and the ids of its images, so that a repeated run repeats its answers; other
     batch sizes draw other numbers, since the packages share theirs across a batch.
 
@@ -344,7 +345,8 @@ class ExternalEngine:
     def _judge(self, points: Tensor, label: Tensor) -> Answer:
         """Return our own answers, from a batch of a shape on which rows are bit-identical where there is one."""
         spare = torch.arange(smallest(self.rungs, len(points)), device=points.device) % len(points)
-        return self.oracle.judge(points[spare], self.goal, Case(label[spare])).head(len(points))
+        answer, _ = self.oracle.decide(points[spare], self.goal, Case(label[spare]))
+        return answer.head(len(points))
 
     def _spent(self) -> tuple[int, int]:
         return self.oracle.passes.forward, self.oracle.passes.backward

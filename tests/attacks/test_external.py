@@ -300,3 +300,29 @@ def test_lists_of_attacks_hold_both_kinds() -> None:
     assert attacks[1].settings == {"steps": 9, "alpha": 0.1}
     with pytest.raises(UserError, match="stands twice"):
         parse_attacks("autoattack,autoattack")
+
+
+class OftenWrong(nn.Module):
+    """Wrong in 37 % of its draws, whatever the image: no majority of many draws is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        right = torch.where(torch.rand(len(x)) < 0.37, -1.0, 1.0)[:, None]
+        return torch.cat([right, torch.zeros(len(x), 4)], 1) + self.bias + 0 * x.flatten(1).sum(1, keepdim=True)
+
+
+def test_a_success_of_a_package_on_a_random_model_is_to_hold_as_one_of_ours() -> None:
+    jobs = [Job(str(i), i, torch.rand(3, 4, 4), 0) for i in range(200)]
+    fooled = {}
+    for upholding in (0, 101):
+        oracle = Oracle(OftenWrong(), eot=1, draws=21)
+        oracle.upholding = upholding
+        attack = parse_external("autoattack:apgd-ce:steps=1")
+        results = list(ExternalEngine(oracle, attack, BALLS["Linf"], lanes=200, seed=0).run(jobs))
+        fooled[upholding] = sum(result.outcome == FOOLED for result in results)
+        assert sum(result.passes for result in results) == oracle.passes.forward + oracle.passes.backward
+    assert fooled[0] > 2
+    assert fooled[101] == 0
