@@ -327,12 +327,13 @@ def _write_pages(runs: Sequence[str], out: Path | None, *, as_json: bool) -> Non
 
 def _print_methods(runs: Sequence[str], out: Path | None, *, as_json: bool) -> None:
     from robustvlm.report.methods import methods_of
-    from robustvlm.runs.records import find_run
+    from robustvlm.runs.records import find_run, read_drawn
 
     if len(runs) > 1 or out is not None:
         given = "several runs" if len(runs) > 1 else "--out"
         raise UserError(f"--methods prints the paragraph of one run, got {given}: name one run, without --out")
-    made = methods_of(manifest_of(find_run(runs[0])))
+    folder = find_run(runs[0])
+    made = methods_of(manifest_of(folder), drawn=read_drawn(folder / "summary.json"))
     if as_json:
         content = {"text": made.text, "latex": made.latex, "bibtex": made.bibtex}
         say_json(json.dumps(content, indent=2, ensure_ascii=False))

@@ -16,6 +16,7 @@ from robustvlm.errors import UserError
 from robustvlm.report.copies import latex_words
 from robustvlm.report.sources import bibliography, cited, named_in, of, papers
 from robustvlm.report.words import count_of, norm_name, plain
+from robustvlm.runs.records import Drawn
 
 Manifest = Mapping[str, Any]
 
@@ -86,8 +87,11 @@ def _known(found: re.Match[str]) -> list[str]:
     return keys if all(key in papers() for key in keys) else []
 
 
-def methods_of(manifest: Manifest) -> Methods:
+def methods_of(manifest: Manifest, *, drawn: Drawn | None = None) -> Methods:
     """Return the methods paragraph of a run, from its manifest.
+
+    Args:
+        drawn: how an attack run asked a random model, which only its summary tells; None where it is not random.
 
     Raises:
         UserError: a run of this kind has none, or its settings are those of another version.
@@ -101,8 +105,9 @@ def methods_of(manifest: Manifest) -> Methods:
     kind = str(manifest["kind"])
     if kind not in _KINDS:
         raise UserError(f"a run of kind '{plain(kind, 40)}' has no methods text: there is one of {', '.join(_KINDS)}")
+    known = manifest if drawn is None else {**manifest, "drawn": drawn}
     try:
-        return Methods(" ".join([*_subject(kind, manifest), *_KINDS[kind](manifest), *_program(manifest)]))
+        return Methods(" ".join([*_subject(kind, manifest), *_KINDS[kind](known), *_program(manifest)]))
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"this run's manifest is another version's ({error!r}): make the run again") from None
 
@@ -192,7 +197,7 @@ def _ball(norm: str, radii: Iterable[str]) -> str:
 
 def _attack(manifest: Manifest) -> Iterator[str]:
     config = manifest["config"]
-    goal, eot = config.get("goal") or "misclassify", config.get("eot")
+    goal = config.get("goal") or "misclassify"
     rejects = bool((manifest.get("model") or {}).get("can_reject"))
     cosine = config.get("min_cos") if goal.startswith("feature") else None
     abstains = bool((manifest.get("model") or {}).get("abstains"))
@@ -207,11 +212,23 @@ def _attack(manifest: Manifest) -> Iterator[str]:
     yield f"The worst case counts: {left}an image is robust only if no attack reached its goal at this radius or below."
     if config.get("second_opinion"):
         yield f"The images left standing were attacked once more by {attack_words(config['second_opinion'])}."
-    if eot and eot > 1:
-        yield f"Gradients are averaged over {eot} draws of the random model [@athalye2018eot]."
-        if config.get("draws"):
-            yield f"A success must hold in the majority of {config['draws']} fresh draws."
+    yield from _draws(config, manifest.get("drawn"))
     yield _EXACT
+
+
+def _draws(config: Mapping[str, Any], drawn: Drawn | None) -> Iterator[str]:
+    """Say how a random model was asked and judged; of runs that did not note it, what their settings say."""
+    eot = drawn.eot if drawn is not None else config.get("eot") or 1
+    draws = drawn.draws if drawn is not None else config.get("draws") if eot > 1 else None
+    if eot > 1:
+        yield f"Gradients are averaged over {eot} draws of the random model [@athalye2018eot]."
+    elif drawn is not None:
+        yield "The model is random; each gradient is of one draw."
+    if draws == 1:
+        yield "One draw decides on a success."
+    elif draws:
+        more = f", and then in that of {drawn.upholding} more" if drawn is not None and drawn.upholding else ""
+        yield f"A success must hold in the majority of {draws} fresh draws{more}."
 
 
 def _judge(manifest: Manifest) -> Iterator[str]:

@@ -8,21 +8,29 @@ from robustvlm.errors import UserError
 from robustvlm.report import sections as doc
 from robustvlm.report.methods import has_methods, methods_of
 from robustvlm.report.words import count_of, manifest_rows, moment, plain
+from robustvlm.runs.records import Drawn
 
 _PROGRAM = "robustvlm"
 
 
-def repeatable(report: doc.Report, manifest: Mapping[str, Any], *before: doc.Block) -> doc.Report:
-    """Return a report with its last two sections; `before` comes between the command and the manifest."""
+def repeatable(
+    report: doc.Report, manifest: Mapping[str, Any], *before: doc.Block, drawn: Drawn | None = None
+) -> doc.Report:
+    """Return a report with its last two sections; `before` comes between the command and the manifest.
+
+    Args:
+        drawn: how an attack run asked a random model.
+    """
     fired = list(_fired(report))
-    return replace(report, sections=[*report.sections, *_methods(manifest), _manifest(manifest, fired, before)])
+    last = [*_methods(manifest, drawn), _manifest(manifest, fired, before)]
+    return replace(report, sections=[*report.sections, *last])
 
 
-def _methods(manifest: Mapping[str, Any]) -> Iterator[doc.Section]:
+def _methods(manifest: Mapping[str, Any], drawn: Drawn | None) -> Iterator[doc.Section]:
     if not has_methods(manifest):
         return
     try:
-        made = methods_of(manifest)
+        made = methods_of(manifest, drawn=drawn)
     except UserError:  # another version's settings: no reason to have no report
         return
     lead = "Written from the settings: say in it what your paper calls the model and the data, and check it."

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict
 
-from robustvlm.core.files import first_line, replacing, require_regular
+from robustvlm.core.files import first_line, read_json, replacing, require_regular
 from robustvlm.errors import UserError, nearest
 
 # What every run's summary is made of
@@ -64,6 +64,24 @@ class Cost(Record):
     model_seconds: float = 0.0
     passes_per_second: float = 0.0
     passes: Passes | None = None
+
+
+class Drawn(Record):
+    """How a random model is asked: draws under a gradient, draws that judge, and more in which a success is to hold."""
+
+    eot: int
+    draws: int
+    upholding: int
+
+
+def read_drawn(path: Path) -> Drawn | None:
+    """Return how the run of a summary asked a random model; None where there is no summary or it does not say."""
+    try:
+        found = read_json(path)
+    except FileNotFoundError:
+        return None
+    known = found.get("drawn") if isinstance(found, dict) else None
+    return Drawn.model_validate(known) if isinstance(known, dict) else None
 
 
 class Estimate(Record):

@@ -16,6 +16,9 @@ from PIL import Image
 
 from robustvlm.commands.attack.summary import Summary
 from robustvlm.errors import UserError
+from robustvlm.report.methods import methods_of
+from robustvlm.runs.records import read_drawn
+from robustvlm.runs.run import manifest_of
 from robustvlm.runs.settings import Observer
 
 Photos = Callable[..., Path]
@@ -172,11 +175,20 @@ def test_a_random_model_is_judged_by_many_draws_or_warned_of(make_folder: Photos
     assert "averaged over 10 draws" in message
     assert "21 fresh draws" in message
     assert "101 more" in message
+    assert said_of(photos, "run").endswith("fresh draws, and then in that of 101 more.")
     summary = prepared(photos, "Random", name="one-draw", eot=1, draws=1).run()
     level, message = check(summary, "repeatable output")
     assert level == "warning"
     assert "lucky draw" in message
     assert check(summary, "independent images")[0] == "note"
+    assert said_of(photos, "one-draw") == "One draw decides on a success."
+
+
+def said_of(photos: Path, name: str) -> str:
+    """Return what the methods paragraph of a run says of how a success was judged."""
+    folder = photos.parent / "runs" / name
+    made = methods_of(manifest_of(folder), drawn=read_drawn(folder / "summary.json"))
+    return next(part for part in made.text.split("  ")[0].replace(". ", ".\n").splitlines() if "success" in part)
 
 
 def test_one_lucky_majority_of_a_random_model_is_no_success(

@@ -42,6 +42,14 @@ def test_disagreement_names_every_image_with_a_paired_test() -> None:
     assert "9 images: p = 0.031." in check.message
 
 
+def test_on_a_random_model_a_disagreement_may_be_luck() -> None:
+    found = [fact(0, "pgd", "robust"), fact(0, "autoattack", "fooled")]
+    (check,) = of_second_opinion(clean(1), found, attack="autoattack", random=True)
+    assert check.level == "note"
+    assert "luck decides" in check.message
+    assert "bug" not in check.message
+
+
 def test_a_run_that_ended_early_is_told() -> None:
     found = [fact(0, "pgd", "robust"), fact(1, "pgd", "robust"), fact(0, "autoattack", "robust")]
     (check,) = of_second_opinion(clean(2), found, attack="autoattack")

@@ -37,6 +37,7 @@ ADDED = {
     "named_files",
     "auroc_msp",
     "auroc_mcm",
+    "drawn",
 }
 """Keys that later versions write besides; what an earlier one has written is read without them."""
 _OPEN = {"versions", "options", "measures", "terms", "files", "levels", "superclasses", "auroc"}

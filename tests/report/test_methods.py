@@ -22,6 +22,7 @@ from robustvlm.report.repeat import repeatable
 from robustvlm.report.sections import Checks, Facts, Report, Section
 from robustvlm.report.sources import OF, named_in, papers
 from robustvlm.report.words import finding
+from robustvlm.runs.records import Drawn
 
 BEFORE = Path(__file__).parents[1] / "pins" / "before"
 KINDS = ("attack", "certify", "recertify", "detect", "finetune", "purify", "immunize")
@@ -82,6 +83,20 @@ def test_the_strength_of_an_attack_is_that_which_ran() -> None:
     assert attack_words("square", steps=7) == "the Square Attack [@andriushchenko2020] with 5,000 queries"
     assert attack_words("apgd-ce:objective=margin").endswith("100 steps and the objective margin")
     assert attack_words("mine.py:attack") == "mine.py:attack"
+
+
+def test_how_a_random_model_was_asked_is_said_also_where_no_setting_told_it() -> None:
+    plain = methods_of(manifest("attack"))
+    assert "averaged" not in plain.text
+    usual = methods_of(manifest("attack"), drawn=Drawn(eot=10, draws=21, upholding=101))
+    assert "Gradients are averaged over 10 draws of the random model (Athalye et al., 2018)." in usual.text
+    assert "in the majority of 21 fresh draws, and then in that of 101 more." in usual.text
+    one = methods_of(manifest("attack"), drawn=Drawn(eot=1, draws=1, upholding=0)).text
+    assert "The model is random; each gradient is of one draw. One draw decides on a success." in one
+    old = manifest("attack")
+    told = methods_of({**old, "config": {**old["config"], "eot": 4, "draws": 9}}).text
+    assert "over 4 draws" in told
+    assert "in the majority of 9 fresh draws." in told
 
 
 def test_names_from_outside_are_no_citations_and_no_commands() -> None:

@@ -338,11 +338,14 @@ def _is_large(threat: ThreatModel, pixels: int) -> bool:
 _SHOWN = 10  # ids in a sentence
 
 
-def of_second_opinion(clean: Sequence[CleanFact], found: Sequence[AttackFact], *, attack: str) -> list[Check]:
+def of_second_opinion(
+    clean: Sequence[CleanFact], found: Sequence[AttackFact], *, attack: str, random: bool = False
+) -> list[Check]:
     """Return a check per eps: did the attack that came last break an image that all others had left?
 
     The paired test compares our verdicts with those of both programs together, over the images that were right when
-    clean: an image that we fooled is fooled for both, so only those that they alone broke count.
+    clean: an image that we fooled is fooled for both, so only those that they alone broke count. On a `random` model
+    what they broke besides is no fault of ours: a point near the boundary is judged by luck.
 
     Example:
         >>> of_second_opinion([], [], attack="autoattack")
@@ -350,10 +353,12 @@ def of_second_opinion(clean: Sequence[CleanFact], found: Sequence[AttackFact], *
     """
     exposed = {fact.index: fact.image_id for fact in clean if fact.exposed}
     radii = sorted({fact.eps for fact in found})
-    return [_at(eps, exposed, found, attack, several=len(radii) > 1) for eps in radii]
+    return [_at(eps, exposed, found, attack, several=len(radii) > 1, random=random) for eps in radii]
 
 
-def _at(eps: float, exposed: dict[int, str], found: Sequence[AttackFact], attack: str, *, several: bool) -> Check:
+def _at(
+    eps: float, exposed: dict[int, str], found: Sequence[AttackFact], attack: str, *, several: bool, random: bool
+) -> Check:
     rows = [fact for fact in found if fact.attack == attack and fact.eps == eps]
     again = [fact for fact in rows if fact.outcome in (FOOLED, ROBUST)]
     broken = sorted(fact.index for fact in again if fact.outcome == FOOLED)
@@ -373,10 +378,15 @@ def _at(eps: float, exposed: dict[int, str], found: Sequence[AttackFact], attack
     order = sorted(exposed)
     test = mcnemar_exact([i in ours for i in order], [i in ours or i in broken for i in order])
     ids = ", ".join(f"'{exposed[i]}'" for i in broken[:_SHOWN]) + (", ..." if len(broken) > _SHOWN else "")
+    advice = (
+        "The model is random, so that luck decides near its boundary: give our attacks more steps, or take more draws."
+        if random
+        else "Give our attacks more steps; images that still fall to it alone are a bug worth reporting, with the "
+        "image and this run's settings."
+    )
     message = (
         f"'{attack}' broke {len(broken)} of the {images} that withstood our own attacks ({ids}): they count as fooled. "
-        "Give our attacks more steps; images that still fall to it alone are a bug worth reporting, with the image and "
-        "this run's settings. "
+        f"{advice} "
         f"Paired test of our verdicts against those of both together, {test.total} images: p = {test.p_value:.2g}."
     )
-    return Check(name=name, level="fault", message=message)
+    return Check(name=name, level="note" if random else "fault", message=message)

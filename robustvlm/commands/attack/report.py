@@ -68,7 +68,7 @@ def attack_report(run: AttackedRun, *, drawn: bool = True) -> doc.Report:
         sections=parts,
         cards=_cards(summary, at, words),
     )
-    return repeat.repeatable(report, run.manifest)
+    return repeat.repeatable(report, run.manifest, drawn=run.summary.drawn)
 
 
 def _tone(summary: Summary, at: EpsSummary | None) -> str:

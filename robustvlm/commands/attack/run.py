@@ -38,7 +38,7 @@ from robustvlm.core.ranks import Ranks
 from robustvlm.core.seeds import derive_seed, full_precision_kernels, own_draws
 from robustvlm.data.source import DataSource, Unreadable
 from robustvlm.report.words import forecast, likely_passes
-from robustvlm.runs.records import Check, Estimate
+from robustvlm.runs.records import Check, Drawn, Estimate
 from robustvlm.runs.settings import Observer
 
 # An attack run from images to a finished folder: clean pass, attacks by stage, summary, report; resumable throughout
@@ -237,6 +237,9 @@ class AttackRun:
         """Average over the draws of a random model, and judge it by fresh ones."""
         plan = self.plan
         settle_draws(self.oracle, found, eot=plan.eot, draws=plan.draws, eot_if_random=plan.eot_if_random)
+        if found.random and self.ranks.leader:
+            oracle = self.oracle
+            self.ledger.add_drawn(Drawn(eot=oracle.eot, draws=oracle.draws, upholding=oracle.upholding))
 
     def _sharing(self, found: attacks.Probe) -> list[list[Stage]]:
         """Return the stages in order, those together that share batches."""

@@ -17,7 +17,7 @@ from robustvlm.commands.common.store import JournalLedger, cost_of
 from robustvlm.core.files import replacing
 from robustvlm.data.source import DataSource, select
 from robustvlm.runs.folder import RunFolder
-from robustvlm.runs.records import Check, Cost, Estimate, Passes
+from robustvlm.runs.records import Check, Cost, Drawn, Estimate, Passes
 
 # Result rows: a row per image, attack and eps, from the facts in the journal
 
@@ -186,6 +186,7 @@ class Ledger(JournalLedger):
         self.fooled: set[tuple[str, int]] = set()
         self.left_out: dict[int, str] = {}
         self._beyond: dict[tuple[str, int], dict[int, float]] = {}
+        self.drawn: Drawn | None = None
         self._as_is: dict[tuple[str, int], bool] = {}
         self._stops: dict[str, str] = {}
         self.estimate: Estimate | None = None
@@ -306,6 +307,11 @@ class Ledger(JournalLedger):
             passes=known.model_copy(update=parts),
         )
 
+    def add_drawn(self, drawn: Drawn) -> None:
+        """Record how a random model is asked and judged, unless that is known."""
+        if drawn != self.drawn:
+            self._add({"kind": "drawn", **drawn.model_dump()})
+
     def add_stop(self, reason: str) -> None:
         """Record that this session stops before all is decided, and why."""
         self._add({"kind": "stop", "session": self.session, "reason": reason})
@@ -342,6 +348,8 @@ class Ledger(JournalLedger):
                 self._as_is.setdefault((row.goal, row.index), row.outcome == CLEAN_WRONG)
         elif kind == "stop":
             self._stops[fact["session"]] = fact["reason"]
+        elif kind == "drawn":
+            self.drawn = Drawn(**fact)
         elif kind == "estimate":
             self.estimate = Estimate(**fact)
         else:

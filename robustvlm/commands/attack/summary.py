@@ -9,7 +9,7 @@ from typing import Any
 
 from robustvlm.commands.attack import verdicts
 from robustvlm.errors import UserError, nearest
-from robustvlm.runs.records import Check, Comparison, Cost, Estimate, Record, UnreadableImage, parse_comparison
+from robustvlm.runs.records import Check, Comparison, Cost, Drawn, Estimate, Record, UnreadableImage, parse_comparison
 from robustvlm.stats import Mean, Rate, mean, rate
 
 
@@ -121,6 +121,7 @@ class Summary(Record):
         clean_accuracy_at_most: the same if all that wait were right; None when none waits.
         unfinished: why the run stopped before every image was decided; None when all are.
         estimate: what the attacks were expected to cost before the first of them.
+        drawn: how the model was asked where it is random; None where it is not.
     """
 
     norm: str
@@ -138,6 +139,7 @@ class Summary(Record):
     unreadable: list[UnreadableImage]
     unfinished: str | None = None
     estimate: Estimate | None = None
+    drawn: Drawn | None = None
 
     def at(self, eps: str | float) -> EpsSummary:
         """Return the part at one radius, given as it was when the run was made, or as a number.
@@ -165,6 +167,7 @@ def summarise(
     waiting: int = 0,
     unfinished: str | None = None,
     estimate: Estimate | None = None,
+    drawn: Drawn | None = None,
 ) -> Summary:
     """Return the summary of result rows (an Arrow table or a list of dicts) under their manifest.
 
@@ -213,6 +216,7 @@ def summarise(
         unreadable=list(unreadable),
         unfinished=unfinished,
         estimate=estimate,
+        drawn=drawn,
     )
 
 

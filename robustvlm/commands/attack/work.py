@@ -107,7 +107,8 @@ class AttackWork:
             pixels=3 * area(plan.resolution),
         )
         if plan.second_opinion is not None:
-            judged += checks.of_second_opinion(clean, found, attack=self.attacks[-1].name)
+            random = ledger.drawn is not None
+            judged += checks.of_second_opinion(clean, found, attack=self.attacks[-1].name, random=random)
         if ledger.stopped is None:  # what an unfinished run shows need not hold when it goes on
             ledger.add_checks(judged)
         rows = make_rows(
@@ -129,6 +130,7 @@ class AttackWork:
             waiting=waiting,
             unfinished=_unfinished(ledger, waiting),
             estimate=ledger.estimate,
+            drawn=ledger.drawn,
         )
         trim_gallery(ledger.folder.gallery_path)
         with session.results():
