@@ -168,11 +168,12 @@ def forecast(estimate: Estimate) -> str:
     """
     if not estimate.images:
         return "Nothing is left to attack."
+    looks = "; second looks at more than one apparent success of an image come on top" if estimate.second_looks else ""
     others = f"; on top of it {', '.join(map(plain, estimate.unknown))}, of unknown cost" if estimate.unknown else ""
     return (
         f"{count_of(estimate.images, 'images')} to attack: at most {estimate.passes_most:,} "
         f"encoder passes (about {duration(estimate.seconds_most)}), at least {estimate.passes_least:,} "
-        f"({duration(estimate.seconds_least)}){others}."
+        f"({duration(estimate.seconds_least)}){looks}{others}."
     )
 
 

@@ -92,6 +92,7 @@ class Estimate(Record):
         passes_least, passes_most: encoder passes, padded rows included.
         seconds_least, seconds_most: wall time on the processes of the run, from the speed of the first passes.
         unknown: attacks of other packages, whose cost is not known and comes on top.
+        second_looks: so do second looks at more than one apparent success of an image.
         likely_least, likely_most: passes of the whole run as its first finished images let expect, no bounds;
             likely_after: how many answers there were by then. None where the run was over before.
     """
@@ -105,6 +106,7 @@ class Estimate(Record):
     likely_least: int | None = None
     likely_most: int | None = None
     likely_after: int | None = None
+    second_looks: bool = False
 
 
 class Check(Record):

@@ -70,6 +70,22 @@ def test_an_attack_stops_before_the_pass_that_goes_beyond_and_keeps_what_it_has(
     assert not stopped or spent > allowed - 2 * lanes, "it stops only when the next pass would not fit"
 
 
+@pytest.mark.parametrize("allowed", [0, 40, 200, 500, 1000])
+def test_second_looks_are_paid_from_the_budget_too(allowed: int) -> None:
+    class Noisy(torch.nn.Sequential):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            logits: torch.Tensor = super().forward(x)
+            return logits + torch.randn_like(logits)
+
+    jobs = [Job(str(i), i, torch.rand(3, 2, 2), label=0) for i in range(6)]
+    oracle = MeteredOracle(Noisy(*linear()), budget=Budget(passes=allowed), ranks=Ranks(), eot=2, draws=21)
+    oracle.upholding = 101
+    oracle.meter.deal_out(0)
+    with pytest.raises(BudgetSpent):
+        list(engine(oracle).run(jobs))
+    assert allowed - 16 < oracle.passes.forward + oracle.passes.backward <= allowed
+
+
 def test_what_is_left_is_dealt_out_evenly() -> None:
     passes = Passes()
     meter = Meter(Budget(passes=100), passes, Ranks(1, 4))

@@ -123,6 +123,8 @@ def test_draws_and_second_looks_of_random_models_cost_more() -> None:
     speed = Speed((2,), {(2, True): 1.0, (2, False): 0.25}, eot=3, second_looks=5)
     found = estimate([Work(attack, range(2))], speed)
     assert found.passes_most == 2 * (2 * 3 * 2 + 5)
+    assert found.second_looks
+    assert not estimate([Work(attack, range(2))], dataclasses.replace(speed, second_looks=0)).second_looks
     assert found.seconds_most == 2 * 3 * 1.0 + 5 * 0.25
     assert found.passes_least == 2 * (1 * 3 * 2 + 5)
     held = estimate([Work(attack, range(2)), Work(attack, range(2))], dataclasses.replace(speed, upholding=7))

@@ -38,6 +38,7 @@ ADDED = {
     "auroc_msp",
     "auroc_mcm",
     "drawn",
+    "second_looks",
 }
 """Keys that later versions write besides; what an earlier one has written is read without them."""
 _OPEN = {"versions", "options", "measures", "terms", "files", "levels", "superclasses", "auroc"}

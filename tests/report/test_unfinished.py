@@ -71,4 +71,6 @@ def test_the_page_shows_bounds_forecast_and_no_classes(stopped: tuple[Path, Summ
 
 def test_a_forecast_names_what_it_does_not_know() -> None:
     assert forecast(COST).endswith("at least 180 (1.5 s); on top of it x:y, of unknown cost.")
+    looks = COST.model_copy(update={"second_looks": True, "unknown": []})
+    assert forecast(looks).endswith("; second looks at more than one apparent success of an image come on top.")
     assert forecast(COST.model_copy(update={"images": 1})).startswith("1 image to attack")

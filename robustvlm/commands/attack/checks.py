@@ -120,8 +120,12 @@ class Checks:
             )
             return
         jobs = _sample(self.ledger, self.images, choose_sample(held, fell, self.plan.seed))
-        if tensors.needs_briefing(goal):
-            jobs = [job for job, _ in tensors.brief(jobs, oracle, goal, found.rungs, self.n_targets)]
+        try:
+            if tensors.needs_briefing(goal):
+                jobs = [job for job, _ in tensors.brief(jobs, oracle, goal, found.rungs, self.n_targets)]
+        except BudgetSpent:
+            self._note("Not made: the budget was spent.")
+            return
         if not jobs:  # the files are gone since
             return
         self.observer.begin("checks", len(NAMES), len(known & set(NAMES)))

@@ -124,6 +124,15 @@ class MeteredOracle(Oracle):
         self.meter.require(len(x) * self.eot * (2 if gradient else 1))
         return super().look(x, goal, objective, case, gradient=gradient)
 
+    def confirm(self, x: Tensor) -> Tensor:
+        """As `Oracle.confirm`, or raise BudgetSpent before the pass; a second look that it cuts short is lost.
+
+        The few questions that a run begins with are not cut short: they say whether it can be made at all.
+        """
+        if self._purpose != "questions":
+            self.meter.require(len(x))
+        return super().confirm(x)
+
     @contextlib.contextmanager
     def _counted(self, images: int, *, backward: bool) -> Iterator[None]:
         before = self.passes.seconds
@@ -223,7 +232,8 @@ def looks_per_image(attack: LaneAttack, n_targets: int) -> int:
 def estimate(work: Sequence[Work], speed: Speed) -> Estimate:
     """Return the least the work can cost (each image falls at the first look) and the most (none ever falls).
 
-    Second looks at apparent successes that do not hold, in low precision or of random models, come on top.
+    Second looks at more than one apparent success of an image, in low precision or of random models, come on top, which
+    the estimate says: counted for every look they would make it many times as high as what is ever spent.
 
     Example:
         >>> from robustvlm.attacks import parse_attacks
@@ -252,6 +262,7 @@ def estimate(work: Sequence[Work], speed: Speed) -> Estimate:
         seconds_least=least[1],
         seconds_most=most[1],
         unknown=list(unknown),
+        second_looks=speed.second_looks > 0,
     )
 
 
