@@ -13,7 +13,7 @@ import pytest
 from pages import terminal
 
 from robustvlm.attacks.goals import goal_words
-from robustvlm.commands.attack.compare import compare, comparison_report
+from robustvlm.commands.attack.compare import apart, compare, comparison_report
 from robustvlm.commands.attack.plots import curve_of, security_curve
 from robustvlm.commands.attack.record import load_run, verdict
 from robustvlm.commands.attack.report import write_report
@@ -127,6 +127,34 @@ def test_runs_are_compared_only_on_the_same_goal(write_run: WriteRun, tmp_path: 
     assert (0, 1, "L∞ 2/255") in conditions
     assert [condition for first, second, condition in conditions if second == 2] == ["unperturbed", "unperturbed"]
     assert "2/255" in page_of(comparison_report(records, compare(*records)))
+
+
+def test_right_or_rejected_is_not_compared_with_right(write_run: WriteRun, tmp_path: Path) -> None:
+    folders = [write_run(tmp_path / name, images=40, n_classes=6, n_superclasses=3) for name in ("a", "b", "c")]
+    refusing = [load_run(with_goal(folder, "misclassify", can_reject=True)) for folder in folders[:2]]
+    records = [*refusing, load_run(with_goal(folders[2], "misclassify"))]
+    conditions = [(c.first, c.second, c.condition) for c in compare(*records)]
+    assert (0, 1, "L∞ 2/255") in conditions
+    assert [condition for _, second, condition in conditions if second == 2] == ["unperturbed", "unperturbed"]
+    said = "are not tested against each other under attack: what holds is “right or rejected” for the one and “robust"
+    assert said in page_of(comparison_report(records, compare(*records)))
+    assert len(apart(records, ["a", "b", "c"])) == 2
+
+
+def test_superclasses_of_one_name_and_other_classes_are_not_compared(write_run: WriteRun, tmp_path: Path) -> None:
+    folders = [write_run(tmp_path / name, images=40, n_classes=6, n_superclasses=3) for name in ("a", "b", "c")]
+    for folder in folders:
+        with_goal(folder, "superclass:1")
+    manifest = json.loads((folders[2] / "manifest.json").read_text())
+    manifest["data"]["levels"][1]["of"] = [0, 1, 1, 2, 2, 0]
+    (folders[2] / "manifest.json").write_text(json.dumps(manifest))
+    records = [load_run(folder) for folder in folders]
+    assert apart(records, ["a", "b", "c"]) == [
+        f"{name} and c are not tested against each other under attack: their superclasses are not the same."
+        for name in ("a", "b")
+    ]
+    assert [c.condition for c in compare(*records) if c.second == 2] == ["unperturbed", "unperturbed"]
+    assert len(compare(*records[:2])) == 4
 
 
 def test_a_run_without_goals_is_one_of_misclassification(write_run: WriteRun, tmp_path: Path) -> None:

@@ -7,11 +7,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from robustvlm.attacks.goals import goal_words
 from robustvlm.commands.attack import plots
 from robustvlm.commands.attack.record import AttackedRun, headline, load_run
 from robustvlm.commands.attack.report import share
 from robustvlm.commands.attack.summary import EpsSummary
 from robustvlm.data.splits import same_images
+from robustvlm.commands.attack.verdicts import tree_levels
 from robustvlm.report import sections as doc
 from robustvlm.report.page import drawing, page_of, write_page
 from robustvlm.report.words import manifest_rows, norm_name, plain, sentence
@@ -111,24 +113,42 @@ def _same_images(first: AttackedRun, second: AttackedRun) -> bool:
     return same_images(*(run.manifest.get("data") or {} for run in (first, second)))
 
 
-Condition = tuple[str, float, str] | None
+# What it means that an image holds: the words for it, and of a goal about superclasses which classes each of them has.
+Meaning = tuple[str, frozenset[frozenset[str]]]
+Condition = tuple[str, float, str, Meaning] | None
+
+
+def _meaning(run: AttackedRun) -> Meaning:
+    """Return what it means that an image holds: a model that may refuse holds also where it rejects the image."""
+    said, config = run.summary, run.manifest["config"]
+    words = goal_words(said.goal, can_reject=said.can_reject, min_cos=said.min_cos, abstains=said.abstains)
+    kind, _, rest = (config.get("goals") or [said.goal])[0].partition(":")
+    root, _, which = rest.rpartition("/")
+    levels = tree_levels(run.manifest["data"]) if kind == "superclass" else []
+    of = [one.of for one in levels if one.tree == (root or levels[0].tree) and which in ("all", str(one.level))]
+    members: dict[tuple[int, int], set[str]] = {}
+    for place, numbers in enumerate(of):
+        for name, number in zip(run.class_names, numbers, strict=True):
+            members.setdefault((place, number), set()).add(name)
+    return words.held, frozenset(map(frozenset, members.values()))
 
 
 def _answers(run: AttackedRun) -> dict[Condition, Answers]:
-    """Return who was right, unperturbed (key None) and per norm, eps and goal; undecided images are left out.
+    """Return who was right, unperturbed (key None) and by norm, eps, goal and meaning; undecided images are left out.
 
     Of a run that stopped early, only what it has decided of all its images.
     """
     table, early = run.verdicts(), bool(run.summary.unfinished)
     names = dict(enumerate(run.class_names)) | {-1: "an unknown class"}
     result: dict[Condition, Answers] = {}
+    meaning = _meaning(run)
     if run.summary.says_classes:
         result[None] = {(image.image_id, names[image.label]): image.clean_correct for image in table.images}
     for i, eps in enumerate(table.eps):
         outcomes = [(image, table.after(image, i)) for image in table.images]
         if early and (run.summary.images.waiting or any(outcome == "undecided" for _, outcome in outcomes)):
             continue
-        result[run.summary.norm, eps, run.goal] = {
+        result[run.summary.norm, eps, run.goal, meaning] = {
             (image.image_id, names[image.label]): outcome == "robust"
             for image, outcome in outcomes
             if outcome != "undecided"
@@ -139,7 +159,7 @@ def _answers(run: AttackedRun) -> dict[Condition, Answers]:
 def _text(run: AttackedRun, condition: Condition) -> str:
     if condition is None:
         return CLEAN
-    norm, eps, goal = condition
+    norm, eps, goal, _ = condition
     about = "" if goal == "misclassify" else f", {plain(goal, 60)}"
     return f"{norm_name(norm)} {plain(run.eps_texts[eps], 20)}{about}"
 
@@ -177,16 +197,6 @@ def findings(comparisons: Sequence[Comparison], names: Sequence[str]) -> list[st
     return sentences
 
 
-def apart(runs: Sequence[AttackedRun], names: Sequence[str]) -> list[str]:
-    """Say which runs saw other images than each other, so that nothing is tested between them."""
-    said = []
-    for (i, first), (j, second) in itertools.combinations(enumerate(runs), 2):
-        if not _same_images(first, second):
-            one, other = (plain(run.manifest["config"]["data"], 60) for run in (first, second))
-            said.append(f"{names[i]} and {names[j]} saw different images ({one}; {other}): they are not tested.")
-    return said
-
-
 def stopped(runs: Sequence[AttackedRun], names: Sequence[str]) -> list[str]:
     """Say which runs stopped early, and what of them is not compared."""
     return [
@@ -194,6 +204,22 @@ def stopped(runs: Sequence[AttackedRun], names: Sequence[str]) -> list[str]:
         for run, name in zip(runs, names, strict=True)
         if run.summary.unfinished
     ]
+
+
+def apart(runs: Sequence[AttackedRun], names: Sequence[str]) -> list[str]:
+    """Say which runs are not tested against each other: they saw other images, or the same goal means something else."""
+    said, means = list[str](), [_meaning(run) for run in runs]
+    for (i, first), (j, second) in itertools.combinations(enumerate(runs), 2):
+        if not _same_images(first, second):
+            one, other = (plain(run.manifest["config"]["data"], 60) for run in (first, second))
+            said.append(f"{names[i]} and {names[j]} saw different images ({one}; {other}): they are not tested.")
+        elif first.goal == second.goal and means[i] != means[j]:
+            held = [plain(words, 60) for words, _ in (means[i], means[j])]
+            why = f"what holds is “{held[0]}” for the one and “{held[1]}” for the other"
+            if held[0] == held[1]:
+                why = "their superclasses are not the same"
+            said.append(f"{names[i]} and {names[j]} are not tested against each other under attack: {why}.")
+    return said
 
 
 def _places(conditions: Sequence[str]) -> str:
