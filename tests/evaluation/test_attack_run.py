@@ -201,6 +201,16 @@ def test_the_seed_decides_the_draws_and_nothing_else_does(make_folder: Photos) -
     assert runs["a"].column("clean_margin") == runs["c"].column("clean_margin")
 
 
+def test_images_of_a_run_in_float64_are_saved_in_it_and_so_stay_in_the_ball(make_folder: Photos) -> None:
+    run = prepared(make_folder(6), precision="fp64", attack="pgd:steps=2", eps="4/255", save_adversarial=True, lanes=6)
+    run.run()
+    saved = [load_file(path) for path in sorted(run.folder.adversarial_path.iterdir())]
+    assert saved
+    for pair in saved:
+        assert {tensor.dtype for tensor in pair.values()} == {torch.float64}
+        assert float((pair["adversarial"] - pair["clean"]).abs().max()) <= 4 / 255
+
+
 @pytest.mark.parametrize(("norm", "eps"), [("Linf", "2/255"), ("L2", "0.15")])
 def test_saved_adversarial_images_are_what_the_rows_say(make_folder: Photos, norm: str, eps: str) -> None:
     photos = make_folder(24)

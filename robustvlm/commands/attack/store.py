@@ -362,8 +362,12 @@ GALLERY_SIZE = 12
 
 
 def save_pair(folder: Path, index: int, clean: Tensor, adversarial: Tensor, facts: dict[str, str]) -> None:
-    """Write `clean` and `adversarial` [3, H, W] float32 of one image, with `facts` as the file's metadata."""
-    tensors = {"clean": clean.float().contiguous(), "adversarial": adversarial.float().contiguous()}
+    """Write `clean` and `adversarial` [3, H, W] of one image, with `facts` as the file's metadata.
+
+    They are in float32, or in float64 where the attack was: rounded, a point may leave its ball or be judged anew.
+    """
+    kind = torch.float64 if adversarial.dtype == torch.float64 else torch.float32
+    tensors = {"clean": clean.to(kind).contiguous(), "adversarial": adversarial.to(kind).contiguous()}
     with replacing(_path(folder, index)) as temporary:
         # Written here and not by the library, whose errors for a full disk are not those of the operating system.
         temporary.write_bytes(save(tensors, metadata=facts))
