@@ -175,7 +175,7 @@ def perturb(
         settle_draws(oracle, found, eot=eot, draws=draws, eot_if_random=max(EOT_IF_RANDOM, planned))
         search = _Search(oracle, wanted, threat, found, pixels.cpu().to(oracle.dtype), label, names, seed)
         search.remark(*stand_ins, *attack_remarks(asked), *_remarks(asked, oracle, found, lanes))
-        search.remark(*_fallbacks(attacks, classes))
+        search.remark(*_fallbacks(attacks, None if classes is None else wanted.outcomes(classes)))
         search.look_at_clean(max(getattr(item, "n_targets", None) or 1 for item in attacks))
         for item in attacks:
             search.run(item, stop_at_success=stop_at_success)

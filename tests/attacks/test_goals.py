@@ -36,6 +36,7 @@ from robustvlm.attacks import (
 )
 from robustvlm.attacks.goals import GOALS, GoalKind, GoalWords, Known, goal_words, read_goals
 from robustvlm.attacks.objectives import OBJECTIVES
+from robustvlm.attacks.perturb import perturb
 from robustvlm.errors import UserError
 
 K = 6
@@ -67,6 +68,16 @@ def test_what_boundary_attacks_climb_is_above_zero_exactly_where_the_goal_is_rea
     reached = goal.reached(output, case)
     assert 10 < int(reached.sum()) < 390
     assert torch.equal(goal.boundary(output, objective(name), case) > 0, reached)
+
+
+def test_objectives_tell_as_many_outcomes_apart_as_there_are_superclasses() -> None:
+    assert [goal.outcomes(K) for goal in (Misclassify(), FINE, COARSE, ALL)] == [K, K, 3, 2]
+    found = perturb(Curved(), images(2), [0, 1], eps=0.01, goal=Superclass(torch.tensor([0, 0, 1, 1, 1]), "1"),
+                    attack="apgd-dlr:steps=1,apgd-t:steps=1", lanes=2)  # fmt: skip
+    assert [said for said in found.remarks if "with 2 the margin takes its place" in said] == [
+        "Attack 'apgd-dlr:steps=1': DLR needs 3 classes: with 2 the margin takes its place.",
+        "Attack 'apgd-t:steps=1': targeted DLR needs 4 classes: with 2 the margin takes its place.",
+    ]
 
 
 class NeverRefuses(Curved):

@@ -13,7 +13,7 @@ from toy import Curved, Linear, attack_all, fooled, right_jobs
 
 from robustvlm.attacks import Job, LaneEngine, Oracle, TargetedAPGD, ThreatModel, objective, parse_attacks
 from robustvlm.attacks.apgd import LONGEST_WALK
-from robustvlm.attacks.base import DONE, State
+from robustvlm.attacks.base import BEYOND, DONE, State
 from robustvlm.attacks.fab import FAB, boundary_step
 from robustvlm.attacks.futility import FIRST_STEP, learn, nothing_known, out_of_reach, reach, safety
 
@@ -138,7 +138,7 @@ def test_apgd_t_walks_by_the_margin_as_fab_t_does(lanes):
 
 def test_fab_gives_nothing_up_by_the_quotient_of_dlr():
     attack = FAB(objective=objective("dlr-t"))
-    assert DONE not in attack.begin(torch.zeros(1, 3, 2, 2), THREATS[0], torch.Generator(), 0)
+    assert BEYOND not in attack.begin(torch.zeros(1, 3, 2, 2), THREATS[0], torch.Generator(), 0)
     assert attack.walk_points(0) == 0
 
 

@@ -125,6 +125,10 @@ class Goal(ABC):
         del objective
         return type(self).loss is Goal.loss
 
+    def outcomes(self, n_classes: int) -> int:
+        """Return how many outcomes objectives tell apart where the model has `n_classes`."""
+        return n_classes
+
     def reached(self, output: Tensor, case: Case) -> Tensor:
         """Return where the goal is reached, bool [B]."""
         return self.margin(output, case) < 0

@@ -310,6 +310,10 @@ class Superclass(Goal):
         del objective
         return type(self).loss is Superclass.loss
 
+    def outcomes(self, n_classes: int) -> int:
+        del n_classes
+        return self.n_groups
+
     def reached(self, output: Tensor, case: Case) -> Tensor:
         return self.group_of(output.argmax(1)) != self.group_of(case.label)
 
@@ -368,6 +372,10 @@ class SuperclassAll(Goal):
     def tells(self, objective: Objective) -> bool:
         # At the coarsest level another class of the target's superclass may win, while the target loses at the finest.
         return type(self).loss is SuperclassAll.loss and not objective.targeted
+
+    def outcomes(self, n_classes: int) -> int:
+        """Return those of the level with the fewest, the coarsest."""
+        return self.levels[-1].outcomes(n_classes)
 
     def reached(self, output: Tensor, case: Case) -> Tensor:
         return self.levels[-1].reached(output, case)

@@ -102,7 +102,7 @@ class AttackWork:
             found,
             threats=[attacks.ThreatModel(plan.norm, eps) for _, eps in plan.radii],
             attacks=self.attacks,
-            n_classes=len(self.source.class_names),
+            n_classes=min(goal.outcomes(len(self.source.class_names)) for goal in self.aim.goals),
             undefended=plan.model if checks.published(plan.model) else None,
             pixels=3 * area(plan.resolution),
         )
