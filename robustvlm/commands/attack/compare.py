@@ -12,8 +12,8 @@ from robustvlm.commands.attack import plots
 from robustvlm.commands.attack.record import AttackedRun, headline, load_run
 from robustvlm.commands.attack.report import share
 from robustvlm.commands.attack.summary import EpsSummary
-from robustvlm.data.splits import same_images
 from robustvlm.commands.attack.verdicts import tree_levels
+from robustvlm.data.splits import same_images
 from robustvlm.report import sections as doc
 from robustvlm.report.page import drawing, page_of, write_page
 from robustvlm.report.words import manifest_rows, norm_name, plain, sentence
@@ -207,7 +207,7 @@ def stopped(runs: Sequence[AttackedRun], names: Sequence[str]) -> list[str]:
 
 
 def apart(runs: Sequence[AttackedRun], names: Sequence[str]) -> list[str]:
-    """Say which runs are not tested against each other: they saw other images, or the same goal means something else."""
+    """Say which runs are not tested against each other: other images, or a goal that means something else."""
     said, means = list[str](), [_meaning(run) for run in runs]
     for (i, first), (j, second) in itertools.combinations(enumerate(runs), 2):
         if not _same_images(first, second):
