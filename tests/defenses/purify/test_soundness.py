@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from robustvlm.certify import FeatureRadius, Job, SamplingEngine
 from robustvlm.certify.threats import read_noise
-from robustvlm.commands.certify.encoder import NoisyEncoder, find_dependence, probe_encoder
-from robustvlm.commands.certify.setup import behind
+from robustvlm.commands.certify.encoder import NoisyEncoder, behind, find_dependence, probe_encoder
 from robustvlm.defenses import SmoothedVLM, smooth
 from robustvlm.defenses.purify import PurifiedVLM
 from robustvlm.defenses.purify.denoiser import OwnDenoiser
