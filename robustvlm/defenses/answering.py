@@ -57,15 +57,16 @@ def asking(vlm: VLM, question: str) -> VLM:
 def image_tokens(vlm: VLM, pixels: Tensor) -> Tensor:
     """Return image tokens [B, T, D] of pixels [B, 3, H, H] for the language model.
 
-    Those of the model itself are as its tower gives them. What stands around it gives features, whose tokens get the
-    lengths of their places: averaged over draws, purified, or changed by a test-time defence.
+    Those of the model itself are as its tower gives them, whatever changed the pixels before. What averages or changes
+    features (smoothing, a mapper, a defence of features) gives unit tokens, which get the lengths of their places.
     """
     speaker = speaker_of(vlm)
     if speaker is None:
         raise UserError(f"'{vlm.spec}' has no language model: pass mllm:NAME (docs/mllm.md)")
     if isinstance(vlm, MllmVLM):
         return vlm.raw_tokens(pixels)
-    return speaker.tokens_of(vlm.encode_image(pixels))
+    below = vlm.ask_below(image_tokens, pixels)
+    return speaker.tokens_of(vlm.encode_image(pixels)) if below is None else below
 
 
 class Answering(Classifier):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -114,6 +114,14 @@ class VLM(nn.Module, ABC):
     def class_vectors(self, class_names: Sequence[str]) -> torch.Tensor | None:
         """Return unit vectors [K, D] that stand for the classes whatever the prompts; None: their texts do."""
         del class_names
+        return None
+
+    def ask_below(self, ask: Callable[[VLM, torch.Tensor], torch.Tensor], pixels: torch.Tensor) -> torch.Tensor | None:
+        """Return what `ask` says of the model that this one stands in front of and of the pixels it hands on.
+
+        None where features are averaged or changed behind that model, or where there is none.
+        """
+        del ask, pixels
         return None
 
     def at_noise(self, sigma: float) -> VLM:

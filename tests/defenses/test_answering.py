@@ -18,8 +18,11 @@ from robustvlm.commands.certify.audit import Effort, audit_folder
 from robustvlm.core.framing import to_pixels
 from robustvlm.defenses import SmoothedVLM, load_classifier, load_pipeline
 from robustvlm.defenses.answering import Answering, AnswerVLM, answers_of, asking, image_tokens, speaker_of
-from robustvlm.defenses.purify.parts import Mapper, MapperShape
+from robustvlm.defenses.classifier import Classifier
+from robustvlm.defenses.purify.parts import Mapper, MapperShape, PurifiedVLM
+from robustvlm.defenses.purify.unet import Purifier, PurifierShape
 from robustvlm.defenses.votes import Smoothed, certify_tensors
+from robustvlm.defenses.zoo.base import DEFENCES
 from robustvlm.errors import UserError
 from robustvlm.models import load_model
 from robustvlm.models.mllm import MllmVLM
@@ -37,9 +40,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def classifier(folder: Path, more: str = "") -> Answering:
-    found = load_classifier(f"mllm:{folder}{more}", NAMES, ["{}"])
+    found = classifier_of(folder, more)
     assert isinstance(found, Answering)
     return found
+
+
+def classifier_of(folder: Path, more: str) -> Classifier:
+    return load_classifier(f"mllm:{folder}{more}", NAMES, ["{}"])
 
 
 def test_logits_are_log_probabilities_of_the_names(folder: Path) -> None:
@@ -68,6 +75,40 @@ def test_what_averages_features_keeps_the_lengths_of_tokens_from_the_image(folde
     smoothed.speaker.lengths.copy_(raw.norm(dim=-1)[0])
     with torch.no_grad():
         assert torch.allclose(plain(pixels[:1]), smoothed(pixels[:1]), atol=1e-3)
+
+
+@pytest.mark.parametrize("name", list(DEFENCES))
+def test_a_defence_that_does_nothing_is_the_undefended_model_to_the_bit(name: str, folder: Path) -> None:
+    plain, off = classifier(folder), classifier_of(folder, f"+{name}:{DEFENCES[name].off}")
+    pixels = torch.rand(2, 3, SIDE, SIDE)
+    with torch.no_grad():
+        assert torch.equal(off(pixels), plain(pixels))
+
+
+def test_what_moves_pixels_alone_leaves_the_lengths_of_tokens_as_they_are(folder: Path) -> None:
+    base, pixels = load_pipeline(f"mllm:{folder}"), torch.rand(2, 3, SIDE, SIDE)
+    speaker = speaker_of(base)
+    assert speaker is not None
+    bits = load_pipeline(f"mllm:{folder}+bits:2")
+    torch.manual_seed(0)
+    purifier = Purifier(PurifierShape(widths=(8,)))
+    for weight in purifier.parameters():
+        torch.nn.init.normal_(weight, std=0.1)
+    pure, mapped = (PurifiedVLM(base, purifier, mapper) for mapper in (None, Mapper(MapperShape(24, tokens=4))))
+    with torch.no_grad():
+        raw = speaker.tokens(pixels)
+        assert torch.equal(image_tokens(bits, pixels), speaker.tokens((pixels * 3).round() / 3))
+        assert torch.equal(image_tokens(pure, pixels), raw)
+        assert torch.equal(image_tokens(mapped, pixels), raw)
+        noisy = image_tokens(pure.at_noise(0.25), pixels)
+        assert torch.equal(noisy, speaker.tokens(purifier(pixels, 0.25)))
+        fixed = image_tokens(mapped.at_noise(0.25), pixels)
+        assert torch.allclose(fixed.norm(dim=-1), speaker.lengths.expand(2, -1), atol=1e-3)
+    for around in (bits, pure):
+        given = pixels.clone().requires_grad_()
+        image_tokens(around, given).norm(dim=-1).sum().backward()
+        assert given.grad is not None
+        assert (given.grad.flatten(1).abs().amax(1) > 0).all()
 
 
 def test_gradients_through_smoothing_and_the_language_model(folder: Path) -> None:

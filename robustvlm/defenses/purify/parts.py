@@ -23,6 +23,7 @@ from robustvlm.defenses.purify.unet import FiLM, Purifier, PurifierShape, SigmaE
 from robustvlm.errors import UserError
 from robustvlm.models import VLM
 from robustvlm.models.saved import Card
+from robustvlm.models.vlm import check_pixels, resize
 from robustvlm.models.weights import brief, read_weights
 from robustvlm.text import one_line
 
@@ -153,15 +154,21 @@ class PurifiedVLM(VLM):
         return same
 
     def _image_features(self, pixels: Tensor) -> Tensor:
-        if self.sigma == 0.0:
-            return self.base.encode_image(pixels)
-        clean = pixels if self.purifier is None else self.purifier(pixels, self.sigma)
-        features = self.base.encode_image(clean)
-        if self.mapper is None:
+        features = self.base.encode_image(self._purified(pixels))
+        if self.mapper is None or self.sigma == 0.0:
             return features
         # Of one token the caller does it.
         mapped = self.mapper if self.mapper.shape.tokens == 1 else self.mapper.unit
         return mapped(features, self.sigma)
+
+    def ask_below(self, ask: Callable[[VLM, Tensor], Tensor], pixels: Tensor) -> Tensor | None:
+        if self.mapper is not None and self.sigma > 0.0:
+            return None
+        check_pixels(pixels, self.image_size)
+        return ask(self.base, self._purified(resize(pixels, self.image_size, self.interpolation)))
+
+    def _purified(self, pixels: Tensor) -> Tensor:
+        return pixels if self.purifier is None or self.sigma == 0.0 else self.purifier(pixels, self.sigma)
 
     def _text_features(self, texts: list[str]) -> Tensor:
         return self.base.encode_text(texts)

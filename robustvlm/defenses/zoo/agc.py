@@ -106,10 +106,14 @@ class GeodesicCorrection(zoo.FeatureDefence):
         del gate_open
         return zoo.Passes(1 + self.views)
 
+    @property
+    def idle(self) -> bool:
+        return not self.views
+
     def feature(self, pixels: Tensor, below: zoo.Below, mode: str) -> Tensor:
         del mode
         own = below.encode(pixels)
-        if not self.views:
+        if self.idle:
             return own
         draws = torch.stack([torch.rand(self.views, CORNER_DRAWS, generator=one) for one in zoo.generators(pixels)])
         features = features_of(below.encode, drawn(partial(perspectives, distortion=self.distortion), draws), pixels)

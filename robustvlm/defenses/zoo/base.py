@@ -13,7 +13,8 @@ package:
    (`tests/defenses/zoo`) read that one table.
 4. Write `move`, `feature` or `answer`. It is given pixels [B, 3, H, W] in float32 at the model's own size and `below`,
    the model it stands on (`Below`), and must treat every image as if it were alone: sums and norms per image, nothing
-   kept between calls, draws from `generators(pixels)` only. Say in `cost` how many passes a clean answer takes.
+   kept between calls, draws from `generators(pixels)` only. Say in `cost` how many passes a clean answer takes, and of
+   a `FeatureDefence` in `idle` when it is off.
 5. Where the plain gradient is none or tells little, list gradient modes in `modes`, the default first, and read `mode`:
    a mode changes gradients and never a bit of what is returned (`robustvlm.defenses.zoo.gradients` has the parts).
 """
@@ -262,6 +263,11 @@ class FeatureDefence(Defence):
 
     kind = "feature"
     needs_encoder = True
+
+    @property
+    def idle(self) -> bool:
+        """Whether its strength is such that it leaves the encoder's feature alone."""
+        return False
 
     @abstractmethod
     def feature(self, pixels: Tensor, below: Below, mode: str) -> Tensor:

@@ -100,9 +100,13 @@ class CLIPure(zoo.FeatureDefence):
     steps: Annotated[int, zoo.Strength("steps; 0 leaves the feature alone", 0, 1000, origin="C")] = 10
     size: Annotated[float, zoo.Strength("size of a step along the unit tangent", 0.0, 1e6, origin="C")] = 30.0
 
+    @property
+    def idle(self) -> bool:
+        return self.steps == 0
+
     def feature(self, pixels: Tensor, below: zoo.Below, mode: str) -> Tensor:
         features = below.encode(pixels)
-        if self.steps == 0:
+        if self.idle:
             return features
         with torch.no_grad():
             empty = below.encode_text([template.replace("{}", "") for template in DEFAULT])

@@ -107,10 +107,14 @@ class NoiseAnchor(zoo.FeatureDefence):
         del gate_open
         return zoo.Passes(1 + self.draws if self.pull else 1)
 
+    @property
+    def idle(self) -> bool:
+        return not self.pull
+
     def feature(self, pixels: Tensor, below: zoo.Below, mode: str) -> Tensor:
         del mode
         own = below.encode(pixels)
-        if not self.pull:
+        if self.idle:
             return own
         anchor = F.normalize(features_of(below.encode, self._copies(pixels), pixels).mean(1), dim=1)
         return F.normalize(own + self.pull * (anchor - own), dim=1)

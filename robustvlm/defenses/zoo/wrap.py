@@ -142,24 +142,27 @@ class DefendedVLM(VLM, _Mode):
         if isinstance(self.defence, PixelDefence) and torch.is_grad_enabled():
             check_pixels(pixels, self.image_size)
             # What an attack looks at is looked at as a whole, its length included.
-            return self._looked_at(fitted(pixels, self.image_size, self.interpolation), unit=True)
+            whole = fitted(pixels, self.image_size, self.interpolation)
+            return self._looked_at(lambda x: unit_features(self.base.embed_image(x)), whole)
         return super().encode_image(pixels)
 
-    def _looked_at(self, pixels: Tensor, *, unit: bool) -> Tensor:
-        def ask(x: Tensor) -> Tensor:
-            found = self.base.embed_image(x)
-            return unit_features(found) if unit else found
+    def ask_below(self, ask: Callable[[VLM, Tensor], Tensor], pixels: Tensor) -> Tensor | None:
+        check_pixels(pixels, self.image_size)
+        whole = fitted(pixels, self.image_size, self.interpolation)
+        if isinstance(self.defence, FeatureDefence):
+            return ask(self.base, _wide(whole)) if self.defence.idle else None
+        return self._looked_at(lambda x: ask(self.base, x), whole)
 
+    def _looked_at(self, ask: Callable[[Tensor], Tensor], pixels: Tensor) -> Tensor:
         assert isinstance(self.defence, PixelDefence)
         below, pixels = _BelowModel(self.base), _wide(pixels)
         return _looked_at(ask, *self.defence.seen(pixels, below, self.mode_in_force))
 
     def _image_features(self, pixels: Tensor) -> Tensor:
-        below, pixels = _BelowModel(self.base), _wide(pixels)
         if isinstance(self.defence, PixelDefence):
-            return self._looked_at(pixels, unit=False)
+            return self._looked_at(self.base.embed_image, pixels)
         assert isinstance(self.defence, FeatureDefence)
-        return self.defence.feature(pixels, below, self.mode_in_force)
+        return self.defence.feature(_wide(pixels), _BelowModel(self.base), self.mode_in_force)
 
     def _text_features(self, texts: list[str]) -> Tensor:
         return self.base.embed_text(texts)  # scaled to unit length by the caller: twice is not the same bits
