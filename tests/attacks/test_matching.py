@@ -146,6 +146,18 @@ def test_an_answer_to_another_picture_is_reached_by_its_own_tokens_alone(way: st
     assert not followed.any(), "of a cropped image attacks follow the crop"
 
 
+def test_the_answer_to_a_picture_of_a_random_model_is_that_to_most_draws() -> None:
+    toy, draws = Toy(), outputs(40, 11)
+    said = [toy.text_of(row) for row in toy.greedy(draws.view(40, *toy.shape)).tolist()]
+    first = next(row for row in range(40) if said[row] != said[0])
+    usual = draws[[first, 0, 0]]
+    goal = Match(toy, usual, "cat.png")
+    assert toy.text_of(goal.ids.tolist()) == said[0]
+    assert torch.allclose(goal.target[0].flatten(), usual.mean(0))
+    with pytest.raises(UserError, match=r"different things of 'cat.png', the most frequent in 1 of 2 draws"):
+        Match(toy, draws[[0, first]], "cat.png")
+
+
 @pytest.mark.parametrize("way", ["tokens", "pooled", "prototypes"])
 def test_ways_away_lower_their_own_cosine(way: str) -> None:
     toy, label = Toy(), torch.zeros(8, dtype=torch.long)

@@ -7,13 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
+from torch import Tensor
 
 from robustvlm.attacks import Superclass, Targeted
 from robustvlm.attacks.goals import FeatureTo, SuperclassAll
 from robustvlm.commands.attack.goal import Aim, Features, check_goal, make_aim
+from robustvlm.core.framing import to_pixels
 from robustvlm.data import DataSource, open_data
-from robustvlm.defenses import load_classifier
+from robustvlm.defenses import SmoothedVLM, load_classifier
 from robustvlm.defenses.classifier import Classifier
 from robustvlm.errors import UserError
 
@@ -155,6 +158,31 @@ def test_feature_goals_attack_the_encoder(make: Make, tiny: Classifier, tmp_path
     (tmp_path / "torn.png").write_bytes(b"no picture")
     with pytest.raises(UserError, match="cannot read the picture"):
         make(f"feature:{tmp_path / 'torn.png'}")
+
+
+def test_a_random_model_aims_at_one_target_that_follows_from_the_seed(emoji: DataSource, tmp_path: Path) -> None:
+    Image.new("RGB", (64, 64), (200, 30, 40)).save(tmp_path / "red.png")
+    model = load_classifier("tiny+smooth:0.25:2", emoji.class_names, emoji.templates, cache=False)
+
+    def target(seed: int) -> Tensor:
+        text = f"feature:{tmp_path / 'red.png'}"
+        (goal,) = make_aim(text, source=emoji, classifier=model, resolution=64, seed=seed).goals
+        assert isinstance(goal, FeatureTo)
+        return goal.target
+
+    torch.manual_seed(1)
+    first, drawn = target(5), torch.rand(3)
+    torch.manual_seed(1)
+    assert torch.equal(torch.rand(3), drawn), "the caller's random state is left alone"
+    assert torch.equal(target(5), first)
+    assert not torch.equal(target(6), first)
+    smoothed = model.vlm
+    assert isinstance(smoothed, SmoothedVLM)
+    image = to_pixels(Image.open(tmp_path / "red.png"), model.framing)[None]
+    mean = F.normalize(smoothed.noisy_features(image, 400)[0].mean(0), dim=0)
+    one = smoothed.encode_image(image)[0]
+    assert first.norm() == pytest.approx(1.0, abs=1e-5)
+    assert first @ mean > max(0.98, one @ mean), "it is that of the mean over many draws"
 
 
 def test_refusing_models_have_goals_of_their_own(emoji: DataSource) -> None:

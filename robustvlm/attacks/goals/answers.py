@@ -1,5 +1,6 @@
 """Goals about an answer as a whole: that it belongs to another picture, that it means something else."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 import torch
@@ -19,14 +20,20 @@ _USUAL = "tokens"
 class Match(Say):
     """The greedy answer is the one that the model gives to a picture, to the token; attacks follow its tokens.
 
+    Of several draws of a random model they are the answer to most draws, and the mean tokens.
+
     Args:
-        tokens: of the picture, as the language model reads them [T * D]. name: of the picture.
+        tokens: of the picture, as the language model reads them [T * D], or of draws [N, T * D]. name: of the picture.
         way: a key of `matching.TO`. Of those that crop, outputs hold the tokens of the image and of a crop of it.
+
+    Raises:
+        UserError: no answer is that to most draws.
     """
 
     def __init__(self, speech: Speech, tokens: Tensor, name: str, *, way: str = _USUAL) -> None:
-        self.target = tokens.view(1, *speech.shape)
-        ids = speech.in_type(tokens.dtype).greedy(self.target)[0]
+        draws = tokens.view(-1, *speech.shape)
+        ids = _answer_to_most(speech.in_type(tokens.dtype), draws, name)
+        self.target = draws if len(draws) == 1 else draws.mean(0, keepdim=True)
         super().__init__(speech, speech.text_of(ids.tolist()), ids=ids[ids >= 0])
         self.way, self.cropped = way, way in CROPPED
         self.spec = f"match:{name}" if way == _USUAL else f"match:{way}:{name}"
@@ -48,6 +55,19 @@ class Match(Say):
 
     def _halves(self, output: Tensor) -> tuple[Tensor, ...]:
         return output.chunk(2, dim=1) if self.cropped else (output,)
+
+
+def _answer_to_most(speech: Speech, draws: Tensor, name: str) -> Tensor:
+    """Return the ids [L] of the greedy answer to more than half of the draws [N, T, D] of a picture's tokens."""
+    answers = [speech.greedy(draw[None])[0] for draw in draws]
+    said = Counter(tuple(ids.tolist()) for ids in answers)
+    usual, count = said.most_common(1)[0]
+    if 2 * count <= len(draws):
+        raise UserError(
+            f"the model is random and says different things of '{name}', the most frequent in {count} of {len(draws)} "
+            "draws, so that there is no answer to aim at: pass another picture, or a model that draws less"
+        )
+    return next(ids for ids in answers if tuple(ids.tolist()) == usual)
 
 
 def _split(text: str) -> tuple[str, str]:

@@ -213,7 +213,7 @@ class Known:
         embeddings, head: unit features [K, D] of the classes' texts, and weights [K, D] that turn features into logits.
         feature_of: from a text, or the path of a picture, to its unit feature [D] and whether it was a picture.
         speech: a language model that answers about the images (`goals.words.Speech`), None where there is none.
-        tokens_of: from the path of a picture to the image tokens [T * D] that it reads.
+        tokens_of: from the path of a picture to the image tokens [N, T * D] that it reads: a row, or rows of N draws.
         sentences: loads an encoder of sentences, from N texts to unit vectors [N, E].
         trees: class trees (`robustvlm.data.trees.Forest`), None where there are none; data: where they would stand.
         min_cos: the threshold of the goal `feature`.

@@ -17,6 +17,7 @@ from robustvlm.commands.attack.verdicts import NO_ANSWER
 from robustvlm.commands.common.inputs import Images, Picture
 from robustvlm.core.framing import Framing, to_pixels
 from robustvlm.core.ranks import Ranks
+from robustvlm.core.seeds import derive_seed, own_draws
 from robustvlm.core.size import Size
 from robustvlm.data import UNKNOWN, DataSource, Unreadable
 from robustvlm.data.decode import decode, image_suffixes
@@ -25,10 +26,14 @@ from robustvlm.defenses.classifier import Classifier
 from robustvlm.errors import BadSetting, UserError
 from robustvlm.models import VLM
 from robustvlm.models.sentences import sentence_encoder
+from robustvlm.models.vlm import unit_features
 from robustvlm.runs.records import Check
 from robustvlm.runs.settings import Observer
 
 # What `--goal` says: the goals to attack for, and what is attacked and judged
+
+TARGET_DRAWS = 32
+"""How often a model that draws is asked about a picture to aim at: one draw would be another target each time."""
 
 
 @dataclass(frozen=True)
@@ -118,8 +123,13 @@ def check_goal(text: str, min_cos: float = 0.5) -> None:
         raise BadSetting("min_cos", "must lie between -1 and 1", got=f"{min_cos:g}: pass for example 0.5")
 
 
-def make_aim(text: str, *, source: DataSource, classifier: Classifier, resolution: Size, min_cos: float = 0.5) -> Aim:
+def make_aim(
+    text: str, *, source: DataSource, classifier: Classifier, resolution: Size, min_cos: float = 0.5, seed: int = 0
+) -> Aim:
     """Return what a goal's text stands for with this model and data.
+
+    Args:
+        seed: of the draws of a random model at a picture to aim at; random states are left as they were.
 
     Raises:
         UserError: an unknown class or level, no class tree, a model that never refuses, no encoder, no such file.
@@ -140,9 +150,9 @@ def make_aim(text: str, *, source: DataSource, classifier: Classifier, resolutio
         classifier.can_reject,
         embeddings=None if embeddings is None else embeddings.detach(),
         head=None if vlm is None or embeddings is None else (vlm.logit_scale * embeddings).detach(),
-        feature_of=lambda target: _feature_of(target, _encoder(classifier), resolution),
+        feature_of=lambda target: _feature_of(target, _encoder(classifier), resolution, seed),
         speech=speaker_of(vlm),
-        tokens_of=lambda target: _tokens_of(target, _encoder(classifier), resolution),
+        tokens_of=lambda target: _tokens_of(target, _encoder(classifier), resolution, seed),
         sentences=sentence_encoder,
         trees=source.tree,
         data=source.spec,
@@ -180,20 +190,37 @@ def _encoder(classifier: Classifier) -> VLM:
     return classifier.vlm
 
 
-def _feature_of(target: str, vlm: VLM, resolution: Size) -> tuple[Tensor, bool]:
-    """Return the unit feature [D] of a picture's file or else of a text, and whether it was a picture."""
-    with torch.no_grad():
-        if Path(target).suffix.lower() not in image_suffixes():
+def _feature_of(target: str, vlm: VLM, resolution: Size, seed: int) -> tuple[Tensor, bool]:
+    """Return the unit feature [D] of a picture's file or else of a text, and whether it was a picture.
+
+    Of a model that draws it is the direction of the mean feature over many draws.
+    """
+    if Path(target).suffix.lower() not in image_suffixes():
+        with torch.no_grad():
             return vlm.encode_text([target])[0], False
-        pixels = _picture(target, vlm.framing.at(resolution)).to(vlm.device)
-        return vlm.encode_image(pixels[None])[0], True
+    pixels = _picture(target, vlm.framing.at(resolution)).to(vlm.device)
+    found = _drawn(lambda: vlm.encode_image(pixels[None])[0], vlm.device, seed, target)
+    return found[0] if len(found) == 1 else unit_features(found.mean(0)), True
+
+
+def _tokens_of(target: str, vlm: VLM, resolution: Size, seed: int) -> Tensor:
+    """Return the image tokens [1, T * D] of a picture's file, as the language model reads them; of a model that draws
+    those of many draws [N, T * D].
+    """
+    pixels = _picture(target, vlm.framing.at(resolution)).to(vlm.device)
+    return _drawn(lambda: image_tokens(vlm, pixels[None]).flatten(), vlm.device, seed, target)
 
 
 @torch.no_grad()
-def _tokens_of(target: str, vlm: VLM, resolution: Size) -> Tensor:
-    """Return the image tokens [T * D] of a picture's file, as the language model reads them."""
-    pixels = _picture(target, vlm.framing.at(resolution)).to(vlm.device)
-    return image_tokens(vlm, pixels[None]).flatten()
+def _drawn(ask: Callable[[], Tensor], device: torch.device, seed: int, target: str) -> Tensor:
+    """Return a model's answers to a target: one alone, or `TARGET_DRAWS` if the second is another than the first."""
+    found: list[Tensor] = []
+    while len(found) < TARGET_DRAWS:
+        with own_draws(device, derive_seed(seed, "target", target, len(found))):
+            found.append(ask())
+        if len(found) == 2 and torch.equal(*found):
+            return found[0][None]
+    return torch.stack(found)
 
 
 def _picture(path: str, framing: Framing) -> Tensor:

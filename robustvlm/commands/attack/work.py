@@ -181,7 +181,14 @@ def open_work(settings: AttackSettings) -> AttackWork:
     data = describe_data(source) | {"superclasses": _superclasses(source), "levels": _levels(source)}
     probe = probe_of(classifier, source.class_names, source.templates, resolution=size)
     opened = honesty.open_gradients(classifier)
-    aim = make_aim(settings.goal, source=source, classifier=classifier, resolution=size, min_cos=settings.min_cos)
+    aim = make_aim(
+        settings.goal,
+        source=source,
+        classifier=classifier,
+        resolution=size,
+        min_cos=settings.min_cos,
+        seed=settings.seed,
+    )
     remarks = remarks_of(source, classifier)
     aim = dataclasses.replace(aim, notes=(*_notes(opened, classifier), *_data_notes(remarks)))
     _require_ball(norm, radii, size)
