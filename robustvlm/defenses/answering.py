@@ -106,7 +106,9 @@ class Answering(Classifier):
 
     @property
     def fingerprint(self) -> str:
-        return fingerprint({}, (self.encoder.fingerprint, "answers", *self.class_names))
+        # Models with one token that ends an answer keep the digest from before the others counted.
+        ends = (f"any of {len(self.options.ends)} ends",) * (len(self.options.ends) > 1)
+        return fingerprint({}, (self.encoder.fingerprint, "answers", *ends, *self.class_names))
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Return log probabilities [B, K] of the answers."""

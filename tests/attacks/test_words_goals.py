@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import Any
 
 import pytest
@@ -28,7 +29,8 @@ class Toy:
 
     shape = (LENGTH, len(WORDS))
 
-    def __init__(self, seed: int = 0) -> None:
+    def __init__(self, seed: int = 0, ends: tuple[int, ...] = (0,)) -> None:
+        self.ends = ends
         self.after = torch.randn(len(WORDS), len(WORDS), generator=torch.Generator().manual_seed(seed))
         self.made = 0
 
@@ -48,12 +50,12 @@ class Toy:
             for place in range(LENGTH):
                 given = ids[row : row + 1, : place + 1].clamp_min(0)
                 ids[row, place] = self.next_logits(tokens[row : row + 1], given)[0, place].argmax()
-                if ids[row, place] == 0:
+                if int(ids[row, place]) in self.ends:
                     break
         return ids
 
     def text_of(self, ids: Sequence[int]) -> str:
-        kept = list(ids)[: list(ids).index(0) if 0 in ids else None]
+        kept = list(takewhile(lambda token: token not in self.ends, ids))
         return " ".join(WORDS[token] for token in kept if token >= 0)
 
     def ids_of(self, answer: str) -> list[int]:
@@ -68,9 +70,9 @@ def outputs(rows: int, seed: int) -> Tensor:
 
 
 @settings(max_examples=15, deadline=None)
-@given(seed=st.integers(0, 10_000))
-def test_say_is_reached_exactly_where_greedy_decoding_says_it(seed: int) -> None:
-    toy = Toy(seed)
+@given(seed=st.integers(0, 10_000), ends=st.sampled_from([(0,), (0, 5), (5, 0)]))
+def test_say_is_reached_exactly_where_greedy_decoding_says_it(seed: int, ends: tuple[int, ...]) -> None:
+    toy = Toy(seed, ends)
     out = outputs(64, seed)
     tokens = out.view(64, *toy.shape)
     said = [toy.text_of(row) for row in toy.greedy(tokens).tolist()]
@@ -102,6 +104,19 @@ def test_unsay_is_reached_exactly_where_the_greedy_answer_lacks_the_name(seed: i
         assert goal.margin(out, case).abs().amin() > 0
         alone = torch.cat([goal.margin(out[row : row + 1], case.rows(torch.tensor([row]))) for row in range(48)])
         assert torch.allclose(alone, goal.margin(out, case), atol=1e-6)
+
+
+def test_an_answer_may_end_by_any_end() -> None:
+    one, two = Toy(), Toy(ends=(0, 5))
+    out, case = outputs(32, 2), Case(torch.zeros(32, dtype=torch.long))
+    logits = one.next_logits(out.view(32, *one.shape), torch.tensor(one.ids_of("dog")).expand(32, -1))
+    known = logits.log_softmax(2)
+    told = -(known[:, 0, 2] + known[:, 1, [0, 5]].logsumexp(1)) / 2
+    assert torch.allclose(-Say(two, "dog").loss(out, objective("ce"), case), told, atol=1e-5)
+    others = [place for place in range(len(WORDS)) if place not in (0, 5)]
+    lead = logits[:, 1, [0, 5]].amax(1) - logits[:, 1, others].amax(1)
+    first = logits[:, 0, 2] - logits[:, 0, [0, 1, 3, 4, 5, 6]].amax(1)
+    assert torch.allclose(Say(two, "dog").margin(out, case), -torch.minimum(lead, first), atol=1e-6)
 
 
 def test_unchanged_answers_are_not_generated_anew() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from transformers import AutoImageProcessor, AutoTokenizer
 
 from robustvlm.core.framing import to_pixels
+from robustvlm.defenses.answering import Answering
 from robustvlm.errors import UserError
 from robustvlm.models import load_model
 from robustvlm.models.mllm import MOST_WORDS, MllmVLM
@@ -94,9 +96,25 @@ def test_scores_of_options_are_those_of_each_answer_alone(tmp_path: Path) -> Non
     assert (scores.exp().sum(1) < 1).all()
 
 
+def test_an_answer_that_begins_another_ends_by_any_end(tmp_path: Path) -> None:
+    logits = torch.full((1, 2, 10), -8.0)
+    logits[0, 0, 5] = logits[0, 1, 7] = 8.0  # says 5, and then ends by its second end
+    logits[0, 1, 6] = -4.0
+    scores = Options.of([[5], [5, 6]], ends=(1, 7)).gather(logits)
+    known = logits.log_softmax(-1)
+    assert scores[0, 0] == known[0, 0, 5] + known[0, 1, [1, 7]].logsumexp(0)
+    assert scores[0, 1] == known[0, 0, 5] + known[0, 1, 6]
+    assert scores.argmax() == 0
+    _, ours = opened(tmp_path / "m")
+    names, before = ["hot", "hot dog"], Answering(ours, ["hot", "hot dog"]).fingerprint
+    ours.tongue = replace(ours.tongue, ends=(*ours.tongue.ends, 5, *ours.tongue.ends))
+    assert ours.options(names).ends == (2, 5)
+    assert Answering(ours, names).fingerprint != before, "its answers are others"
+
+
 def test_options_that_are_the_same_tokens_are_refused() -> None:
     with pytest.raises(UserError, match="same tokens"):
-        Options.of([[1], [1]], end=2)
+        Options.of([[1], [1]], ends=(2,))
 
 
 def test_gradients_reach_the_pixels_through_the_language_model(tmp_path: Path) -> None:

@@ -60,14 +60,14 @@ class Match(Say):
 def _answer_to_most(speech: Speech, draws: Tensor, name: str) -> Tensor:
     """Return the ids [L] of the greedy answer to more than half of the draws [N, T, D] of a picture's tokens."""
     answers = [speech.greedy(draw[None])[0] for draw in draws]
-    said = Counter(tuple(ids.tolist()) for ids in answers)
-    usual, count = said.most_common(1)[0]
+    read = [tuple(-1 if token in speech.ends else token for token in ids.tolist()) for ids in answers]
+    usual, count = Counter(read).most_common(1)[0]
     if 2 * count <= len(draws):
         raise UserError(
             f"the model is random and says different things of '{name}', the most frequent in {count} of {len(draws)} "
             "draws, so that there is no answer to aim at: pass another picture, or a model that draws less"
         )
-    return next(ids for ids in answers if tuple(ids.tolist()) == usual)
+    return answers[read.index(usual)]
 
 
 def _split(text: str) -> tuple[str, str]:

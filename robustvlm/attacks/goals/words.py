@@ -26,6 +26,11 @@ class Speech(Protocol):
         """Number and length of the tokens of an image."""
         ...
 
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """The tokens that end an answer, each as good as another."""
+        ...
+
     def in_type(self, dtype: torch.dtype) -> Speech:
         """Return the model in a number type."""
         ...
@@ -47,7 +52,7 @@ class Speech(Protocol):
         ...
 
     def ids_of(self, answer: str) -> list[int]:
-        """Return the ids of an answer with its end."""
+        """Return the ids of an answer with one of its ends."""
         ...
 
 
@@ -99,7 +104,7 @@ class WordsGoal(Goal):
     """A goal about an answer; the model's output are the image tokens [B, T * D] that the language model reads.
 
     An answer is read at once, each token given those before it: greedy decoding says exactly these tokens if and only
-    if every one of them has the largest logit of all.
+    if every one of them has the largest logit of all. Tokens that end an answer count as one, whichever is said.
 
     Args:
         speech: the language model and its question.
@@ -125,7 +130,16 @@ class WordsGoal(Goal):
         logits, place = speech.next_logits(tokens, ids), ids.clamp_min(0)[..., None]
         right = logits.gather(2, place).squeeze(2)
         others = logits.scatter(2, place, float("-inf")).amax(2)
-        return right - others, logits.logsumexp(2) - right
+        leads, surprise = right - others, logits.logsumexp(2) - right
+        if len(speech.ends) == 1:
+            return leads, surprise
+        ends = torch.tensor(speech.ends, device=ids.device)
+        last, ending = torch.isin(ids, ends), logits[..., ends]
+        others = logits.index_fill(2, ends, float("-inf")).amax(2)
+        return (
+            torch.where(last, ending.amax(2) - others, leads),
+            torch.where(last, logits.logsumexp(2) - ending.logsumexp(2), surprise),
+        )
 
 
 class Say(WordsGoal):

@@ -186,12 +186,17 @@ class MllmVLM(VLM):
         """Number and length of the tokens of an image."""
         return len(self.lengths), self.width
 
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """The tokens that end an answer, each as good as another."""
+        return tuple(dict.fromkeys(self.tongue.ends))
+
     def text_of(self, ids: Sequence[int]) -> str:
         """Return an answer's token ids, up to the end, as a text in one line."""
         return self.tongue.text(ids)
 
     def ids_of(self, answer: str) -> list[int]:
-        """Return the token ids of an answer to the question, with the end."""
+        """Return the token ids of an answer to the question, with one of its ends."""
         return [*self.tongue.answer_ids(self.question, answer), self.tongue.ends[0]]
 
     def in_type(self, dtype: torch.dtype) -> MllmVLM:
@@ -222,7 +227,7 @@ class MllmVLM(VLM):
             if (first := ids.index(one)) < place:
                 both = f"'{answers[first]}' and '{answers[place]}'"
                 raise UserError(f"{both} are the same tokens to the language model: leave out one of them")
-        return Options.of(ids, self.tongue.ends[0])
+        return Options.of(ids, self.ends)
 
     def asking(self, question: str) -> MllmVLM:
         """Return the same model with another question; the weights are shared."""

@@ -100,18 +100,18 @@ class Options:
     """Answers as a tree: a node is a token behind those that lead to it, and shared by all answers that begin so.
 
     An answer is scored by the log probability that what the model says begins with it. Where one answer begins
-    another ("train", "train station"), it must end there as well. No two can then both be said, so that the
-    probabilities are those of different events.
+    another ("train", "train station"), it must end there as well, by any of the tokens that end an answer. No two can
+    then both be said, so that the probabilities are those of different events.
 
     Args:
         ids: the token of each inner node [N]. seen: bool [N, N], whether a node sees another: itself and what leads to
             it. depth: place of each behind the prompt [N].
         places, tokens, owner: every factor of every answer: the row of its distribution (0 is the prompt's end, n the
             node n - 1), the token, and the answer that it belongs to; each [F].
-        count: answers.
+        closing: bool [F], which factors are that the answer ends. ends: the tokens that end one. count: answers.
 
     Example:
-        >>> options = Options.of([[5], [6, 7], [6, 8]], end=2)
+        >>> options = Options.of([[5], [6, 7], [6, 8]], ends=(2,))
         >>> options.ids.tolist(), options.count, options.places.tolist()
         ([6], 3, [0, 0, 1, 0, 1])
     """
@@ -122,11 +122,13 @@ class Options:
     places: Tensor
     tokens: Tensor
     owner: Tensor
+    closing: Tensor
+    ends: tuple[int, ...]
     count: int
 
     @classmethod
-    def of(cls, answers: Sequence[Sequence[int]], end: int) -> Options:
-        """Return the tree of answers, each its token ids without the end.
+    def of(cls, answers: Sequence[Sequence[int]], ends: Sequence[int]) -> Options:
+        """Return the tree of answers, each its token ids without the end; `ends` are the tokens that end one.
 
         Raises:
             UserError: two answers are the same tokens.
@@ -135,7 +137,7 @@ class Options:
         if len(known) < len(answers):
             raise UserError("two of the answers are the same tokens to the language model: leave out one of them")
         begun = {answer[:cut] for answer in known for cut in range(1, len(answer))}
-        whole = [(*answer, end) if tuple(answer) in begun else tuple(answer) for answer in answers]
+        whole = [(*answer, ends[0]) if tuple(answer) in begun else tuple(answer) for answer in answers]
         inner = sorted({answer[:cut] for answer in whole for cut in range(1, len(answer))}, key=lambda p: (len(p), p))
         number = {path: place for place, path in enumerate(inner)}
         seen = torch.zeros(len(inner), len(inner), dtype=torch.bool)
@@ -143,11 +145,11 @@ class Options:
             for cut in range(1, len(path) + 1):
                 seen[place, number[path[:cut]]] = True
         factors = [
-            (0 if cut == 0 else 1 + number[answer[:cut]], answer[cut], which)
+            (0 if cut == 0 else 1 + number[answer[:cut]], answer[cut], which, cut == len(answers[which]))
             for which, answer in enumerate(whole)
             for cut in range(len(answer))
         ]
-        places, tokens, owners = (torch.tensor(column) for column in zip(*factors, strict=True))
+        places, tokens, owners, closing = (torch.tensor(column) for column in zip(*factors, strict=True))
         return cls(
             ids=torch.tensor([path[-1] for path in inner], dtype=torch.long),
             seen=seen,
@@ -155,6 +157,8 @@ class Options:
             places=places,
             tokens=tokens,
             owner=owners,
+            closing=closing,
+            ends=tuple(ends),
             count=len(answers),
         )
 
@@ -162,5 +166,9 @@ class Options:
         """Return log probabilities [B, K] of the answers from logits [B, 1 + N, V]: prompt's end, nodes."""
         known = logits.log_softmax(dim=-1)
         factors = known[:, self.places.to(known.device), self.tokens.to(known.device)]
+        if len(self.ends) > 1:
+            closing = self.closing.to(known.device)
+            at_end = known[:, self.places.to(known.device)[closing]]
+            factors[:, closing] = at_end[..., list(self.ends)].logsumexp(-1)
         scores = known.new_zeros(len(known), self.count)
         return scores.index_add(1, self.owner.to(known.device), factors)
