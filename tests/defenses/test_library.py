@@ -24,8 +24,11 @@ from robustvlm.data.classes import imagenet_names, made_distinct, wordnet_names
 from robustvlm.defenses.library import _LIBRARIES, _outputs, places_of
 from robustvlm.defenses.load import own_classes
 from robustvlm.defenses.pipeline import load_classifier, load_pipeline
+from robustvlm.defenses.purify.parts import Mapper, MapperShape, Parts, write_parts
+from robustvlm.defenses.purify.unet import Purifier, PurifierShape
 from robustvlm.errors import UserError
 from robustvlm.models import weights as hub
+from robustvlm.models.saved import Card, write_card
 
 NAMES = ("dog", "cat", "ice cream")
 TEMPLATES = ("{}",)
@@ -236,6 +239,24 @@ def test_as_an_encoder_it_names_the_same_class_and_can_be_smoothed(tmp_path: Pat
     assert certain.softmax(1)[0, 0] == pytest.approx(0.99)
     with pytest.raises(UserError, match="is a classifier and has no text encoder"):
         vlm.encode_text(["a cat"])
+
+
+def test_a_purified_classifier_keeps_its_classes(tmp_path: Path) -> None:
+    spec, pixels = f"timm:test_resnet/{saved(tmp_path, timm_net())}", torch.rand(4, 3, 160, 160)
+    base = load_pipeline(spec)
+    parts = Parts(Purifier(PurifierShape(widths=(8,))), Mapper(MapperShape(dim=3)), (0.25,))
+    write_parts(tmp_path / "run", parts)
+    card = Card("purify", base=spec, base_fingerprint=base.fingerprint, settings=parts.settings())
+    write_card(tmp_path / "run", card)
+    names = NAMES[::-1]
+    found = load_classifier(str(tmp_path / "run"), names, TEMPLATES)
+    assert torch.equal(found(pixels).argmax(1), load_classifier(spec, names, TEMPLATES)(pixels).argmax(1))
+    smoothed = load_classifier(f"{tmp_path / 'run'}+smooth:0.25:2", names, TEMPLATES)
+    vectors, own = smoothed.class_embeddings, base.class_vectors(names)
+    assert vectors is not None
+    assert own is not None
+    assert torch.equal(vectors, own)
+    assert smoothed(pixels).isfinite().all()
 
 
 def test_gradients_reach_the_pixels(tmp_path: Path) -> None:

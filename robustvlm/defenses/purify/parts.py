@@ -177,6 +177,10 @@ class PurifiedVLM(VLM):
     def text_fingerprint(self) -> str:
         return f"{self.base.text_fingerprint} scaled to unit norm twice"
 
+    def class_vectors(self, class_names: Sequence[str]) -> Tensor | None:
+        # A mapper leads back to the features of clean images, which these vectors are for.
+        return self.base.class_vectors(class_names)
+
     def cut_tokens(self, texts: Sequence[str]) -> list[int]:
         return self.base.cut_tokens(texts)
 
