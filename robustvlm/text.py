@@ -19,8 +19,8 @@ _LOOSE_USER = re.compile(_SCHEME + r"[^\s/?#@:\[\]\\]{1,80}:(?!\d+[/?#])[^\s@'\"
 # its "&" escaped.
 _PAIR = re.compile(r"([?&#;]|\\u0026)([\w.~%-]{1,80})=([^\s&#;'\"<>\\]*)")
 _URL = re.compile(r"(?<![\w+.-])[A-Za-z][A-Za-z0-9+.-]{0,30}://(?:[^\s'\"<>\\]|\\u0026)+")
-# A path with a query: HTTP clients name a URL so in their errors, the host apart.
-_PATH = re.compile(r"(?<![^\s'\"(=])/[^\s'\"<>\\?]{0,500}\?(?:[^\s'\"<>\\]|\\u0026)+")
+# A path with a query: HTTP clients name a URL so in their errors, the host apart; users leave out the scheme.
+_PATH = re.compile(r"(?<![^\s'\"(=])[^\s'\"<>\\?]{0,500}\?(?:[^\s'\"<>\\]|\\u0026)+")
 _SECRET_WORDS = (
     "signature", "token", "secret", "passw", "credential", "apikey", "accesskey", "authoriz", "authkey", "session",
 )  # fmt: skip
@@ -58,6 +58,23 @@ def without_secrets(text: str) -> str:
     if "earer" in text.lower() or "asic " in text.lower():
         text = _BEARER.sub(rf"\1 {HIDDEN}", text)
     return _TOKEN.sub(HIDDEN, text)
+
+
+def address_shown(url: str) -> str:
+    """Return an address whose query may hold a key, for messages: of each part of the query its name alone.
+
+    Works for what is no URL as well, as one without its scheme.
+
+    Example:
+        >>> address_shown("http://host/v1?code=a1b2&v=2"), address_shown("me:pw@host/v1?api-key=a1b2")
+        ('http://host/v1?code=***&v=***', '***@host/v1?api-key=***')
+    """
+    text = without_secrets(url)
+    if "://" not in text and "@" in text:
+        text = f"{HIDDEN}@{text.rpartition('@')[2]}"
+    place, mark, query = text.partition("#")[0].partition("?")
+    names = [name + equals for name, equals, _ in (pair.partition("=") for pair in query.split("&"))]
+    return place + mark + "&".join((name if name.endswith("=") else "") + HIDDEN for name in names if mark)
 
 
 def one_line(error: object, *, limit: int = 160) -> str:

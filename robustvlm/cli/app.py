@@ -22,7 +22,7 @@ from robustvlm.core.ranks import current_ranks
 from robustvlm.errors import UserError
 from robustvlm.runs.run import Command, FinishedRun, Run
 from robustvlm.runs.settings import Option, Settings, flags_of, repeatable
-from robustvlm.text import without_secrets
+from robustvlm.text import address_shown, without_secrets
 
 if TYPE_CHECKING:
     from robustvlm.cli.console import Console
@@ -120,8 +120,18 @@ def end_if_any_holds(conditions: Sequence[Condition[_S]], summary: _S) -> None:
 
 
 def given_command() -> str:
-    """Return the command line as it can be given again, without the passwords and signatures of URLs."""
-    return shlex.join(["robustvlm", *map(without_secrets, sys.argv[1:])])
+    """Return the command line as it can be given again, without the passwords, signatures and keys of URLs."""
+    words = sys.argv[1:]
+    return shlex.join(["robustvlm", *map(_shown, ["", *words], words)])
+
+
+def _shown(before: str, word: str) -> str:
+    """Return a word of a command line, given the one before it: of an endpoint any part of the query may be the key."""
+    if before == "--llm":
+        return address_shown(word)
+    if word.startswith("--llm="):
+        return f"--llm={address_shown(word.removeprefix('--llm='))}"
+    return without_secrets(word)
 
 
 def plain(value: object) -> str:

@@ -7,7 +7,7 @@ import math
 import random
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, TypeVar
@@ -18,7 +18,7 @@ from robustvlm.core.network import Deadline
 from robustvlm.errors import UserError, setting
 from robustvlm.llm import transport
 from robustvlm.llm.transport import AnswerCache, Endpoint, LlmError, Reply
-from robustvlm.text import without_secrets
+from robustvlm.text import HIDDEN, address_shown, without_secrets
 
 # Getting a typed answer: asking for a JSON schema in the ways that servers know, and reading what comes back
 
@@ -335,7 +335,7 @@ class LlmClient:
         if reply.status != 200:
             self.usage = self.usage.with_reply(None)
             self._refuse_hopeless(reply, key)
-            return reply, f"status {reply.status}, {_message(reply, key)}"
+            return reply, f"status {reply.status}, {self._message(reply, key)}"
         return reply, ""
 
     def _refuse_hopeless(self, reply: Reply, key: str | None) -> None:
@@ -345,12 +345,12 @@ class LlmClient:
             sent = "refused the key" if key else "wants a key"
             raise LlmError(f"{self._who} {sent} (status {reply.status}): {advice}")
         if 300 <= reply.status < 400:
-            where = "".join(filter(str.isprintable, reply.headers.get("location", "another place")))
+            where = "".join(filter(str.isprintable, address_shown(reply.headers.get("location", "another place"))))
             raise LlmError(f"{self._who} redirects to {where}: pass the URL that it redirects to, if you trust it")
         last_mode = self._mode + 1 == len(MODES)
         quota = reply.status == 429 and b"insufficient_quota" in reply.body
         if quota or (reply.status not in transport.RETRIED and (last_mode or reply.status not in _TAKES_NO_FORMAT)):
-            raise LlmError(f"{self._who} refused the question (status {reply.status}): {_message(reply, key)}")
+            raise LlmError(f"{self._who} refused the question (status {reply.status}): {self._message(reply, key)}")
 
     def _wait(self, attempt: int, reply: Reply | None, trouble: str) -> None:
         asked = transport.retry_after(reply.headers) if reply is not None else None
@@ -366,13 +366,16 @@ class LlmClient:
         self.usage = self.usage.with_reply(content)
         return read_answer(content, schema)
 
+    def _message(self, reply: Reply, key: str | None) -> str:
+        return _message(reply, (*((key,) if key else ()), *self.endpoint.secrets))
+
     @property
     def _who(self) -> str:
-        return f"the language model '{self.endpoint.model}' at {without_secrets(self.endpoint.url)}"
+        return f"the language model '{self.endpoint.model}' at {address_shown(self.endpoint.url)}"
 
 
-def _message(reply: Reply, key: str | None) -> str:
-    """Return what a server says of its refusal in one short line, without the key should it repeat that."""
+def _message(reply: Reply, secrets: Iterable[str]) -> str:
+    """Return what a server says of its refusal in one short line, without the keys should it repeat one."""
     text = reply.body.decode("utf-8", "replace")
     try:
         found = json.loads(text)
@@ -381,7 +384,8 @@ def _message(reply: Reply, key: str | None) -> str:
     except (ValueError, RecursionError):
         pass
     line = "".join(filter(str.isprintable, " ".join(text.split()))) or "no reason given"
-    line = line.replace(key, "***") if key else line
+    for secret in secrets:
+        line = line.replace(secret, HIDDEN)
     return line if len(line) <= 200 else line[:197] + "..."
 
 

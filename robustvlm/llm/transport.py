@@ -21,13 +21,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import parse_qsl, urlsplit, urlunsplit
 
 import platformdirs
 
 from robustvlm.core.files import write_text
 from robustvlm.core.network import Deadline, open_url
 from robustvlm.errors import UserError
+from robustvlm.text import address_shown
 
 # One HTTP request: JSON out, bytes and headers back, under one deadline
 
@@ -157,6 +158,7 @@ def retry_after(headers: Mapping[str, str], now: datetime.datetime | None = None
 OWN_KEY = "ROBUSTVLM_LLM_KEY"
 OPENAI_KEY = "OPENAI_API_KEY"
 _PATH = "/chat/completions"
+_SHORTEST_KEY = 6
 
 
 class LlmError(UserError):
@@ -183,10 +185,13 @@ class Endpoint:
             parts = urlsplit(self.url)
             # Reading the port is what checks it.
             usable = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
+            # What HTTP cannot send would fail at the first question, with the whole address in the message.
+            usable = usable and (parts.path + parts.query).isascii() and self.url.isprintable() and " " not in self.url
         except ValueError:
             usable = False
         if not usable:
-            raise UserError(f"the endpoint must be a URL such as http://localhost:11434/v1, got '{self.url}'")
+            shown = address_shown(self.url)
+            raise UserError(f"the endpoint must be a URL such as http://localhost:11434/v1, got '{shown}'")
         if parts.username is not None or parts.password is not None:
             raise UserError(f"the endpoint's URL must hold no user name or password: put the key into {OWN_KEY}")
         if not self.model.strip():
@@ -198,6 +203,12 @@ class Endpoint:
         parts = urlsplit(self.url)
         path = parts.path.rstrip("/").removesuffix(_PATH) + _PATH
         return urlunsplit((parts.scheme, parts.netloc, path, parts.query, ""))
+
+    @property
+    def secrets(self) -> tuple[str, ...]:
+        """Values in the URL's query that may be a key: what a server repeats of them is not shown."""
+        values = (value for _, value in parse_qsl(urlsplit(self.url).query))
+        return tuple(value for value in values if len(value) >= _SHORTEST_KEY)
 
     @property
     def local(self) -> bool:

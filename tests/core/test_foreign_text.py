@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 import unicodedata
 
@@ -10,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from robustvlm.cli.app import given_command
 from robustvlm.errors import UserError
 from robustvlm.text import ascii_json, secrets_cut, visible, visible_json, without_secrets
 
@@ -46,6 +48,7 @@ CUT = {
     "https://h/a?code_token=s3cret;password=s3cret": "https://h/a?code_token=***;password=***",
     "see 'https://h/a?token=s3cret' (403)": "see 'https://h/a?token=***' (403)",
     "two: http://a:s3cret@h and http://b:s3cret@h": "two: http://***@h and http://***@h",
+    "no URL, got 'localhost:1/v1?api-key=s3cret&v=1'": "no URL, got 'localhost:1/v1?api-key=***&v=1'",
     "Authorization: Bearer s3cret-s3cret": "Authorization: Bearer ***",
     "key hf_s3crets3crets3crets3cret": "key ***",
 }
@@ -61,6 +64,21 @@ def test_secrets_are_cut_and_the_rest_stays(text: str, wanted: str) -> None:
     assert without_secrets(text) == wanted
     assert without_secrets(wanted) == wanted
     assert str(UserError(text)) == wanted
+
+
+def test_a_command_is_kept_without_the_key_of_an_endpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = [
+        "immunize",
+        "tiny",
+        "--llm",
+        "http://h/v1?code=s3cret",
+        "--llm=h/v1?code=s3cret",
+        "--data",
+        "emoji?split=test",
+    ]
+    monkeypatch.setattr(sys, "argv", ["robustvlm", *words])
+    shown = "--llm 'http://h/v1?code=***' '--llm=h/v1?code=***' --data 'emoji?split=test'"
+    assert given_command() == f"robustvlm immunize tiny {shown}"
 
 
 def test_an_expiry_is_a_part_of_the_address_where_nothing_is_signed() -> None:
@@ -94,6 +112,7 @@ def test_long_text_takes_linear_time() -> None:
         "a://b:",
         "(/?=",
         " /a",
+        "=a",
     ):
         text = piece * (100_000 // len(piece))
         without_secrets(text)

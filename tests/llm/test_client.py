@@ -105,6 +105,23 @@ def test_a_key_in_the_address_is_not_shown(make_client: Make) -> None:
     assert "s3cret" not in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        (status(307, Location="http://h/v2?code=s3cret"), r"redirects to http://h/v2\?code=\*\*\*: pass"),
+        (status(413, {"error": "no such code: s3cret"}), r"no such code: \*\*\*$"),
+        (status(401), r"v1\?code=\*\*\* "),
+    ],
+)
+def test_a_key_of_any_name_in_the_address_is_not_shown(make_client: Make, fault: Act, said: str) -> None:
+    with serving(fault) as script:
+        client = make_client(script)
+        client.endpoint = Endpoint(f"{script.url}?code=s3cret", "m")
+        with pytest.raises(LlmError, match=said) as raised:
+            client.ask("A?", Animal)
+    assert "s3cret" not in str(raised.value)
+
+
 @pytest.mark.parametrize("slow", [hang, trickle])
 def test_slow_answers_are_given_up(make_client: Make, slow: Act) -> None:
     with serving(slow, completion(CAT)) as script:
@@ -244,6 +261,25 @@ def test_usage_counts_every_request_and_what_it_costs(make_client: Make) -> None
 def test_urls_that_are_none_are_refused(url: str) -> None:
     with pytest.raises(UserError, match=r"must be a URL such as http://localhost:11434/v1"):
         Endpoint(url, "m")
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("localhost:1/v1?api-key=s3cret", "localhost:1/v1?api-key=***"),
+        ("localhost:1/v1?code=s3cret&v=2", "localhost:1/v1?code=***&v=***"),
+        ("host/v1?s3cret", "host/v1?***"),
+        ("me:s3cret@host/v1", "***@host/v1"),
+        ("me:s3/cr?et@host/v1", "***@host/v1"),
+        ("ftp://me:s3cret@host/v1?code=s3cret#s3cret", "ftp://***@host/v1?code=***"),
+        ("http://host/v1?code=s3 cret", "http://host/v1?code=***"),
+        ("http://host/vä?code=s3cret", "http://host/vä?code=***"),
+    ],
+)
+def test_addresses_that_are_refused_are_shown_without_what_may_be_a_key(url: str, shown: str) -> None:
+    with pytest.raises(UserError, match=r"must be a URL such as http://localhost:11434/v1") as caught:
+        Endpoint(url, "m")
+    assert str(caught.value).endswith(f"got '{shown}'")
 
 
 def test_urls_with_passwords_are_refused_without_repeating_them() -> None:
