@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import pkgutil
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,17 @@ def test_every_public_name_is_there() -> None:
         assert getattr(rv, name) is not None
     with pytest.raises(AttributeError, match="has no attribute 'pertrub'"):
         _ = rv.pertrub
+
+
+def test_every_name_that_a_package_offers_can_be_imported() -> None:
+    offering = 0
+    for found in pkgutil.walk_packages(rv.__path__, "robustvlm."):
+        if found.ispkg:
+            package = import_module(found.name)
+            offered = getattr(package, "__all__", ())
+            assert [name for name in offered if not hasattr(package, name)] == [], found.name
+            offering += bool(offered)
+    assert offering > 10
 
 
 def test_the_import_loads_nothing_heavy() -> None:
