@@ -6,7 +6,7 @@ import os
 import re
 import stat
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -74,8 +74,11 @@ def read_text(path: Path, *, most: int = MOST_BYTES, encoding: str = "utf-8") ->
     return read_bytes(path, most=most).decode(encoding)
 
 
-def parse_json(text: str | bytes) -> Any:
+def parse_json(text: str | bytes, *, pairs: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
     """Return what a JSON text holds; ValueError for whatever is wrong with it, deep nesting and huge numbers included.
+
+    Args:
+        pairs: makes an object of its keys and values; default: a dictionary, in which the last of equal keys counts.
 
     Example:
         >>> parse_json("[" * 100_000)
@@ -83,7 +86,7 @@ def parse_json(text: str | bytes) -> Any:
         ValueError: nested too deeply
     """
     try:
-        content = json.loads(text)
+        content = json.loads(text, object_pairs_hook=pairs)
     except RecursionError:
         raise ValueError("nested too deeply") from None
     _require_flat(content)

@@ -79,7 +79,7 @@ def read_lines(path: Path, what: str) -> list[str] | dict[str, str]:
         lines = (line.strip() for line in text.splitlines())
         return [clean_name(line, where) for line in lines if line and not line.startswith("#")]
     try:
-        value = json.loads(text, object_pairs_hook=lambda pairs: _once(pairs, where))
+        value = json.loads(text, object_pairs_hook=lambda pairs: keys_once(pairs, where))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where} is not valid JSON: {error}") from None
     items = list(value.values()) if isinstance(value, dict) else value
@@ -101,7 +101,7 @@ def check_names(names: Sequence[str], where: str) -> None:
         raise UserError(f"{where} names '{twice[0]}' {names.count(twice[0])} times: class names must differ")
 
 
-def _once(pairs: list[tuple[str, object]], where: str) -> dict[str, object]:
+def keys_once(pairs: list[tuple[str, object]], where: str) -> dict[str, object]:
     """Return a JSON object, in which a key given twice would lose its first value without a word."""
     found = dict(pairs)
     if len(found) < len(pairs):

@@ -113,6 +113,7 @@ def test_banks_say_where_they_come_from() -> None:
 FILES = {
     "short.json": '{"dog": ["wolf", "fox"], "Hot_Dog": ["taco"]}',
     "long.json": '{"classes": {"dog": {"same": ["hound"], "look_alikes": ["wolf", "fox"]}, "hot dog": ["taco"]}}',
+    "spellings.json": '{"dog": ["wolf"], "hot_dog": ["taco"], "DOG": {"look_alikes": ["fox"], "same": ["hound"]}}',
     "table.csv": "Class,text,kind\ndog,wolf,hard-negative\ndog,fox,\nhot-dog,taco,hard-negative\n",
     "lines.txt": "# mine\n\ndog: wolf\nDOG: fox\nhot dog: taco\n",
 }
@@ -137,6 +138,7 @@ def test_files_of_every_form_say_the_same(tmp_path: Path, name: str) -> None:
         ("a.json", '{"dog": [1]}', "the entry of 'dog' is not of the form"),
         ("a.json", '{"dog": {"lookalikes": ["x"]}}', "the entry of 'dog' is not of the form"),
         ("a.json", '{"cat": ["lynx"]}', "'cat' is no class of the data: "),
+        ("a.json", '{"dog": ["wolf"], "dog": ["fox"]}', "has the key 'dog' twice"),
         ("a.json", '{"dog": []}', "holds no text"),
         ("a.json", '{"dog": ["  "]}', "'dog' has an empty text"),
         ("a.csv", "dog,wolf\n", "begins with the header class,text"),

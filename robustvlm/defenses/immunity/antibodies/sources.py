@@ -19,7 +19,7 @@ from robustvlm.core.files import parse_json
 from robustvlm.core.seeds import generator
 from robustvlm.data.classes import KNOWN, imagenet_names, known_forest
 from robustvlm.data.make_trees import Nouns, Synset, above, below, find_senses, open_wordnet, words_of_sense
-from robustvlm.data.names import read_text
+from robustvlm.data.names import keys_once, read_text
 from robustvlm.defenses.immunity.antibodies import texts as kept
 from robustvlm.defenses.immunity.antibodies.llm import Entry, LlmSource, to_proposal
 from robustvlm.errors import UserError, nearest
@@ -107,7 +107,8 @@ class FileSource(kept.AntibodySource):
     * `.csv`: a header `class,text` and, if wanted, `kind` (hard-negative or context);
     * anything else: lines `CLASS: TEXT`; blank lines and # comments are skipped.
 
-    Classes are matched without regard to case, "_" and "-"; those that the data does not have are an error.
+    Classes are matched without regard to case, "_" and "-"; those that the data does not have are an error. What stands
+    under several spellings of a class is put together.
     """
 
     def __init__(self, path: Path | str) -> None:
@@ -123,7 +124,11 @@ class FileSource(kept.AntibodySource):
         known = {name_key(name): name for name in class_names}
         suffix = self.path.suffix.lower()
         if suffix == ".json":
-            proposal = to_proposal({self._class(name, known): entry for name, entry in self._json(text).items()})
+            entries: dict[str, Entry] = {}
+            for name, entry in self._json(text).items():
+                label = self._class(name, known)
+                entries[label] = _joined(entries[label], entry) if label in entries else entry
+            proposal = to_proposal(entries)
         else:
             rows = self._csv(text) if suffix == ".csv" else self._lines(text)
             proposal = kept.Proposal(
@@ -144,7 +149,7 @@ class FileSource(kept.AntibodySource):
 
     def _json(self, text: str) -> dict[str, Entry]:
         try:
-            content: Any = parse_json(text)
+            content: Any = parse_json(text, pairs=lambda pairs: keys_once(pairs, str(self.path)))
         except ValueError as error:
             raise UserError(f"{self.path} is not valid JSON: {error}") from None
         classes = content.get("classes", content) if isinstance(content, dict) else None
@@ -185,6 +190,11 @@ class FileSource(kept.AntibodySource):
                 raise UserError(f"{self.path}: line {number} must be CLASS: TEXT, as 'dog: wolf', got '{line[:60]}'")
             rows.append((name.strip(), phrase.strip(), kept.HARD_NEGATIVE))
         return rows
+
+
+def _joined(one: Entry, other: Entry) -> Entry:
+    """Return one entry with the phrases of two."""
+    return Entry(**{name: (*getattr(one, name), *getattr(other, name)) for name in Entry.model_fields})
 
 
 # Antibodies from WordNet: what stands beside a class under the same hypernym
