@@ -346,7 +346,7 @@ class LlmClient:
             raise LlmError(f"{self._who} {sent} (status {reply.status}): {advice}")
         if 300 <= reply.status < 400:
             where = "".join(filter(str.isprintable, address_shown(reply.headers.get("location", "another place"))))
-            raise LlmError(f"{self._who} redirects to {where}: pass the URL that it redirects to, if you trust it")
+            raise LlmError(f"{self._who} redirects to '{where}': pass the URL that it redirects to, if you trust it")
         last_mode = self._mode + 1 == len(MODES)
         quota = reply.status == 429 and b"insufficient_quota" in reply.body
         if quota or (reply.status not in transport.RETRIED and (last_mode or reply.status not in _TAKES_NO_FORMAT)):

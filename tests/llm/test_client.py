@@ -108,7 +108,7 @@ def test_a_key_in_the_address_is_not_shown(make_client: Make) -> None:
 @pytest.mark.parametrize(
     ("fault", "said"),
     [
-        (status(307, Location="http://h/v2?code=s3cret"), r"redirects to http://h/v2\?code=\*\*\*: pass"),
+        (status(307, Location="http://h/v2?code=s3cret"), r"redirects to 'http://h/v2\?code=\*\*\*': pass"),
         (status(413, {"error": "no such code: s3cret"}), r"no such code: \*\*\*$"),
         (status(401), r"v1\?code=\*\*\* "),
     ],
@@ -207,7 +207,7 @@ def test_servers_without_schemas_are_asked_in_a_plainer_way(
         (status(400, {"error": "no model"}), r"refused the question \(status 400\): no model"),
         (status(413, {"error": "see secret-key"}), r"refused the question \(status 413\): see \*\*\*$"),
         (status(429, {"error": {"code": "insufficient_quota", "message": "pay"}}), r"\(status 429\): pay"),
-        (status(307, Location="http://127.0.0.1:1/steal"), "redirects to http://127.0.0.1:1/steal"),
+        (status(307, Location="http://127.0.0.1:1/steal"), "redirects to 'http://127.0.0.1:1/steal'"),
     ],
 )
 def test_hopeless_faults_end_at_once_and_never_show_the_key(
