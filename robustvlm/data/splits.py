@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from robustvlm.data.source import DataSource, select
-from robustvlm.data.specs import parse_spec
+from robustvlm.data.specs import Spec, parse_spec
 from robustvlm.errors import UserError
+from robustvlm.text import without_secrets
 
 # Splits in one place, and what is no data at all: training and test images must not become one number
 
@@ -178,26 +179,36 @@ def said_of(aside: Mapping[str, int]) -> str:
 # Images that teach and images that judge must be others: what is known of that before any of them is looked at
 
 
+_ABOUT = {
+    "imagefolder": frozenset({"empty", "links"}),
+    "parquet": frozenset({"label", "captions", "subgroup"}),
+    "hf": frozenset({"label", "captions", "subgroup"}),
+    "wds": frozenset({"label", "captions"}),
+    "torchvision": frozenset({"download"}),
+}
+"""Options that say what is known of images, or how they are come by, and choose none: ids mean what they did."""
+
+
 def same_place(first: str, second: str) -> bool:
     """Whether equal ids mean equal images: ids of files are relative to their folder, those of emoji stand alone.
 
     Example:
         >>> same_place("emoji?split=train", "emoji?copies=1"), same_place("imagefolder:a/", "imagefolder:b/../a")
         (True, True)
-        >>> same_place("imagefolder:a", "imagefolder:b")
-        False
+        >>> same_place("imagefolder:a", "imagefolder:b"), same_place("parquet:a", "parquet:a?subgroup=style")
+        (False, True)
     """
     one, other = parse_spec(first), parse_spec(second)
     if one.kind != other.kind:
         return False
-    return one.kind == "emoji" or (_resolved(one.rest), one.options) == (_resolved(other.rest), other.options)
+    return one.kind == "emoji" or (_resolved(one.rest), _choosing(one)) == (_resolved(other.rest), _choosing(other))
 
 
 def same_images(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
     """Whether equal ids mean equal images in two runs, by what their manifests say of their data.
 
-    That is so of data with one fingerprint. Classes are part of it: of data in one place under other names it says
-    nothing, and the place decides.
+    That is so of data with one fingerprint. Classes and what else is read of images, as captions, are part of it: where
+    the two differ in these it says nothing, and the place decides, or the digest of the content.
 
     Example:
         >>> photos = {"spec": "imagefolder:photos", "fingerprint": "ab", "class_names": ["cat", "dog"]}
@@ -208,17 +219,50 @@ def same_images(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
         >>> same_images(photos, photos | {"fingerprint": "cd", "class_names": ["dog", "cat"]})
         True
     """
-    contents = {str(data["content"]) for data in (first, second) if data.get("content") is not None}
-    if len(contents) > 1:
+    contents = [str(data["content"]) for data in (first, second) if data.get("content") is not None]
+    if len(set(contents)) > 1:
         return False
-    if first.get("fingerprint") is not None and first.get("fingerprint") == second.get("fingerprint"):
-        return True
-    one, other = (str(data.get("spec") or "") for data in (first, second))
+    specs = [str(data.get("spec") or "") for data in (first, second)]
+    alike = first.get("fingerprint") is not None and first.get("fingerprint") == second.get("fingerprint")
     try:
-        there, kind = same_place(one, other), parse_spec(one).kind
+        one, other = map(parse_spec, specs)
+        there = same_place(*specs)
     except UserError:  # written by hand, or by a version with other kinds of data
+        return alike
+    if _apart(one, other, told=len(contents) == 2):
         return False
-    return there and (kind == "emoji" or first.get("class_names") != second.get("class_names"))
+    if alike or (one.kind == other.kind == "emoji"):
+        return True
+    counts = {data["images"] for data in (first, second) if data.get("images") is not None}
+    renamed = first.get("class_names") != second.get("class_names")
+    explained = one.kind == other.kind and (renamed or _about(one) != _about(other))
+    return explained and len(counts) < 2 and (there or len(contents) == 2)
+
+
+def _about(spec: Spec) -> dict[str, str]:
+    return {name: value for name, value in spec.options.items() if name in _ABOUT.get(spec.kind, ())}
+
+
+def _choosing(spec: Spec) -> dict[str, str]:
+    return {name: value for name, value in spec.options.items() if name not in _ABOUT.get(spec.kind, ())}
+
+
+def _apart(one: Spec, other: Spec, *, told: bool) -> bool:
+    """Whether specs name other images where fingerprints cannot show it; `told`: digests of contents agree.
+
+    Fingerprints of shards know nothing of which member is read, of those on the net of the address neither; those of
+    streams of the hub nothing of version and part. Digests of shards are of all members.
+    """
+    if one.kind != other.kind:
+        return False
+    names = ("image",) if one.kind == "wds" else ("config", "revision") if one.kind == "hf" and not told else ()
+    places = {without_secrets(spec.rest) for spec in (one, other)}
+    moved = not told and len(places) > 1 and (_on_the_net(one) or _on_the_net(other))
+    return moved or any(one.options.get(name) != other.options.get(name) for name in names)
+
+
+def _on_the_net(spec: Spec) -> bool:
+    return spec.kind == "wds" and any(scheme in spec.rest.lower() for scheme in ("http://", "https://"))
 
 
 def in_both(first: str, ids: Iterable[str], second: str, other_ids: Iterable[str]) -> list[str]:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from robustvlm.data.source import DataSource, Sample, Unreadable, select
+from robustvlm.data.splits import same_images
 from robustvlm.errors import UserError
 
 IDS = st.lists(st.text(min_size=1, max_size=8), unique=True, max_size=40)
@@ -95,3 +96,32 @@ def test_fingerprint_follows_ids_and_class_names() -> None:
     renamed.class_names = ("a", "b", "d")
     assert first.fingerprint() == same.fingerprint()
     assert len({first.fingerprint(), longer.fingerprint(), renamed.fingerprint()}) == 3
+
+
+PHOTOS = {"fingerprint": "ab", "class_names": ["cat", "dog"], "content": "11", "images": 9}
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "facts", "same"),
+    [
+        ("parquet:a?subgroup=style", "parquet:a", {"fingerprint": "cd"}, True),
+        ("parquet:a?captions=text", "parquet:a?subgroup=style", {"fingerprint": "cd", "content": None}, True),
+        ("parquet:a?subgroup=style", "parquet:b", {"fingerprint": "cd"}, True),
+        ("parquet:a?subgroup=style", "parquet:b", {"fingerprint": "cd", "content": None}, False),
+        ("parquet:a?subgroup=style", "parquet:a", {"fingerprint": "cd", "content": "22"}, False),
+        ("parquet:a?subgroup=style", "parquet:a", {"fingerprint": "cd", "images": 8}, False),
+        ("parquet:a", "parquet:b", {"fingerprint": "cd"}, False),  # beyond the images that the digest looks at
+        ("parquet:a?image=small", "parquet:a?image=large", {"fingerprint": "cd", "content": None}, False),
+        ("hf:a?captions=text", "hf:a?label=fine", {"fingerprint": "cd"}, True),
+        ("hf:a?streaming=1", "hf:a?streaming=1&config=b", {"content": None}, False),
+        ("wds:a", "wds:a?captions=txt", {"fingerprint": "cd"}, True),
+        ("wds:a?image=jpg", "wds:a?image=png", {}, False),
+        ("wds:https://one/{0..9}.tar", "wds:https://other/{0..9}.tar", {"content": None}, False),
+        ("torchvision:CIFAR10:data", "torchvision:CIFAR10:data?download=1", {"class_names": ["a", "b"]}, True),
+    ],
+)
+def test_what_is_read_of_images_makes_no_other_images(
+    first: str, second: str, facts: dict[str, object], same: bool
+) -> None:
+    one, other = PHOTOS | {"spec": first}, PHOTOS | {"spec": second} | facts
+    assert same_images(one, other) is same_images(other, one) is same

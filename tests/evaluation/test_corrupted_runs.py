@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -24,6 +26,7 @@ from robustvlm.core.framing import to_pixels
 from robustvlm.data.corruptions import parse_corruptions, weights_of
 from robustvlm.defenses import load_classifier
 from robustvlm.errors import UserError
+from robustvlm.report import sections as doc
 from robustvlm.report.words import DASH, RANGE, as_rate, interval, percent
 from robustvlm.stats import rate
 
@@ -182,6 +185,10 @@ def test_detect_goes_on_under_corruptions(detect_run: DetectRun, monkeypatch: py
     assert lasting(detect_run(batch_size=4, **options).start().summary) == lasting(straight)
 
 
+def on_data(run: Any, facts: dict[str, object]) -> Any:
+    return replace(run, manifest=run.manifest | {"data": run.manifest["data"] | facts})
+
+
 def test_clean_corrupted_and_attacked_stand_in_one_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     few = {"data": "emoji?split=train&copies=1", "limit": 40, "out": tmp_path} | CPU
     for kind in ("evaluate", "attack"):
@@ -214,6 +221,16 @@ def test_clean_corrupted_and_attacked_stand_in_one_report(tmp_path: Path, monkey
     assert told.comparison is not None
     assert "The runs saw different images" not in page
     assert table(run, [rv.open_run(attack.folder)]) == told.comparison.sections[0].blocks[0]  # type: ignore[list-item]
+    there = rv.open_run(attack.folder)
+    elsewhere = {"spec": "parquet:photos?subgroup=style", "fingerprint": "ab", "content": "cd", "images": 40}
+    attacked = on_data(there, elsewhere | {"spec": "parquet:photos", "fingerprint": "ef"})
+    assert table(on_data(run, elsewhere), [attacked]).caption == table(run, [there]).caption  # type: ignore[list-item]
+    assert list(evenness(on_data(run, elsewhere), [attacked])) == [spread]
+    changed = on_data(there, elsewhere | {"content": "other"})
+    assert "different images" in str(table(on_data(run, elsewhere), [changed]).caption)
+    (said,) = evenness(on_data(run, elsewhere), [changed])
+    assert isinstance(said, doc.Text)
+    assert "other images or labels were attacked" in str(said.line)
     fewer = rv.evaluate("tiny", **few | {"limit": 3})
     assert "The runs saw different images" in str(table(fewer, [rv.open_run(attack.folder)]).caption)  # type: ignore[list-item]
     templates = tmp_path / "templates.txt"

@@ -74,32 +74,33 @@ def table(run: Evaluation, attacked: Sequence[AttackedRun]) -> doc.Table:
         rows.append(("common corruptions, mean", over, f"{result.images:,}"))
     rows += [row for other in attacked for row in _attacked(other)]
     columns = [doc.Column("Images"), *doc.numbers("Right", "Number")]
-    manifests = [run.manifest, *(other.manifest for other in attacked)]
-    data = {str((one.get("data") or {}).get("fingerprint")) for one in manifests}
     caption = "Attacks look for the worst change within a radius; corruptions are drawn without regard to the model."
     seen = {result.images, *(at.robust_accuracy.total for other in attacked for at in other.summary.per_eps)}
-    if len(data) > 1 or len(seen) > 1:
+    if len(seen) > 1 or not all(_saw_the_same(run, other) for other in attacked):
         caption += " The runs saw different images."
     return doc.Table(columns, rows, caption=caption, strong=frozenset({0}))
 
 
-def evenness(run: Evaluation, attacked: Sequence[AttackedRun]) -> Iterator[doc.Table]:
+def evenness(run: Evaluation, attacked: Sequence[AttackedRun]) -> Iterator[doc.Block]:
     """Yield how unevenly the subgroups of a class are right, clean and under attack, on the images of both runs.
 
-    MacroStd of Chiu et al. 2023 (arXiv 2212.08649) of clean and of robust accuracy; nothing without subgroups.
+    MacroStd of Chiu et al. 2023 (arXiv 2212.08649) of clean and of robust accuracy; nothing without subgroups. Attacks
+    on other images, or on images under other labels, are left out, which is said.
     """
     wanted = ("image_id", "label", "subgroup", "correct")
     rows = [row for row in run.rows.select(wanted).to_pylist() if row["correct"] is not None and row["subgroup"]]
     if len({row["subgroup"] for row in rows}) < 2:
         return
     found: list[doc.Row] = []
+    left: list[str] = []
     for other in attacked:
-        if not same_images(*(one.manifest.get("data") or {} for one in (run, other))):
-            continue
         verdicts = other.verdicts()
-        seen = {image.image_id: image for image in verdicts.images}
-        shared = [(row["label"], row["subgroup"], row["correct"], seen[row["image_id"]])
-                  for row in rows if row["image_id"] in seen]  # fmt: skip
+        seen = {(image.image_id, image.label): image for image in verdicts.images} if _comparable(run, other) else {}
+        shared = [(row["label"], row["subgroup"], row["correct"], seen[row["image_id"], row["label"]])
+                  for row in rows if (row["image_id"], row["label"]) in seen]  # fmt: skip
+        if not shared:
+            left.append(plain(other.name, 60))
+            continue
         clean = [(label, part, bool(right)) for label, part, right, _ in shared]
         found += _spread_of(f"as they are, images of {plain(other.name, 60)}", clean)
         for place, at in enumerate(other.summary.per_eps):
@@ -114,6 +115,18 @@ def evenness(run: Evaluation, attacked: Sequence[AttackedRun]) -> Iterator[doc.T
             "what would be seen if they were alike."
         )
         yield doc.Table(columns, found, title="How evenly over subgroups", caption=caption)
+    if left:
+        yield doc.Text(f"Not compared over subgroups, as other images or labels were attacked: {', '.join(left)}.")
+
+
+def _saw_the_same(run: Evaluation, other: AttackedRun) -> bool:
+    """Whether two runs on equally many images saw the same ones: of one set, two limits or parts hold others."""
+    mine, theirs = ({*run.rows["image_id"].to_pylist()}, {image.image_id for image in other.verdicts().images})
+    return _comparable(run, other) and (len(mine) != len(theirs) or mine == theirs)
+
+
+def _comparable(run: Evaluation, other: AttackedRun) -> bool:
+    return same_images(*(one.manifest.get("data") or {} for one in (run, other)))
 
 
 def _spread_of(title: str, facts: Sequence[tuple[int, str, bool]]) -> Iterator[tuple[Any, ...]]:
