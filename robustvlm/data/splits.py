@@ -239,6 +239,25 @@ def same_images(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
     return explained and len(counts) < 2 and (there or len(contents) == 2)
 
 
+def same_data(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
+    """Whether two sets, as manifests describe them, hold the same names, sizes and labels, changed in place or not.
+
+    Of shards on the net only names are known: those at another address are other data, where addresses are told.
+
+    Example:
+        >>> one = {"spec": "wds:https://one/{0..9}.tar", "fingerprint": "ab", "content": "11"}
+        >>> same_data(one, one | {"content": "22"}), same_data(one, one | {"content": None})
+        (False, True)
+        >>> photos = {"spec": "imagefolder:photos", "fingerprint": "ab", "content": "11"}
+        >>> same_data(photos, photos | {"content": "22"})
+        True
+    """
+    if first.get("fingerprint") is None or first.get("fingerprint") != second.get("fingerprint"):
+        return False
+    contents = {str(data["content"]) for data in (first, second) if data.get("content") is not None}
+    return len(contents) < 2 or not any(on_the_net(str(data.get("spec") or "")) for data in (first, second))
+
+
 def _about(spec: Spec) -> dict[str, str]:
     return {name: value for name, value in spec.options.items() if name in _ABOUT.get(spec.kind, ())}
 
@@ -257,12 +276,18 @@ def _apart(one: Spec, other: Spec, *, told: bool) -> bool:
         return False
     names = ("image",) if one.kind == "wds" else ("config", "revision") if one.kind == "hf" and not told else ()
     places = {without_secrets(spec.rest) for spec in (one, other)}
-    moved = not told and len(places) > 1 and (_on_the_net(one) or _on_the_net(other))
+    moved = not told and len(places) > 1 and (on_the_net(one.text) or on_the_net(other.text))
     return moved or any(one.options.get(name) != other.options.get(name) for name in names)
 
 
-def _on_the_net(spec: Spec) -> bool:
-    return spec.kind == "wds" and any(scheme in spec.rest.lower() for scheme in ("http://", "https://"))
+def on_the_net(spec: str) -> bool:
+    """Whether a data spec names shards on the net, of which nothing is known but their addresses.
+
+    Example:
+        >>> on_the_net("wds:https://one/{0..9}.tar"), on_the_net("wds:shards")
+        (True, False)
+    """
+    return spec.startswith("wds:") and any(scheme in spec.lower() for scheme in ("http://", "https://"))
 
 
 def in_both(first: str, ids: Iterable[str], second: str, other_ids: Iterable[str]) -> list[str]:
@@ -302,7 +327,7 @@ def require_unseen(
     Raises:
         UserError: the two are the same data, or some ids are in both.
     """
-    if judged.fingerprint() == taught.fingerprint():
+    if same_data(*(_described(source) for source in (judged, taught))):
         raise UserError(f"{option} names the training data, '{taught.spec}': {advice}")
     both: list[str] = []
     found = [(source.ids(), limit) for source, limit in zip((judged, taught), limits, strict=True)]
@@ -315,6 +340,11 @@ def require_unseen(
             f"{len(both)} images of {option} '{judged.spec}' are also trained on{copied} "
             f"(the first, '{both[0]}'): {advice}"
         )
+
+
+def _described(source: DataSource) -> dict[str, Any]:
+    told = source.content() if on_the_net(source.spec) else None  # else it is not asked for, and reads images
+    return {"spec": source.spec, "fingerprint": source.fingerprint(), "content": told}
 
 
 def require_unseen_validation(

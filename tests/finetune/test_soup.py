@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from small import OWN, clip_folder, pictures, prepared
 
 from robustvlm.commands import soup as command
+from robustvlm.commands.common.inputs import describe_data
 from robustvlm.commands.common.lessons import Overlap, overlap
 from robustvlm.commands.soup.work import Soup
 from robustvlm.data import open_data
@@ -89,6 +90,24 @@ def test_images_that_taught_a_run_below_are_refused_by_their_ids_and_drawings(tm
     assert found is not None
     assert len(found[1]) == 48, "12 drawings of 4 copies, one of which was trained on"
     assert overlap([made], open_data("emoji?split=test"), None) == Overlap()
+
+
+def test_shards_on_the_net_taught_a_model_only_where_they_lie(tmp_path: Path) -> None:
+    pytest.importorskip("webdataset")
+    classes = tmp_path / "names.txt"
+    classes.write_text("cat\ndog\n")
+    taught = open_data("wds:https://one.invalid/{0..3}.tar", classes=classes)
+    made = lesson(tmp_path / "made", "tiny", "emoji")
+    manifest = json.loads((tmp_path / "made/manifest.json").read_text()) | {"data": describe_data(taught)}
+    (tmp_path / "made/manifest.json").write_text(json.dumps(manifest))
+    assert overlap([made], taught, None).taught is not None
+    elsewhere = open_data("wds:https://other.invalid/{0..3}.tar", classes=classes)
+    (said,) = overlap([made], elsewhere, None).remarks
+    assert "cannot be told" in said
+    assert "shards of the same names at another address" in said
+    del manifest["data"]["content"]  # as versions before wrote it: names are all there is
+    (tmp_path / "made/manifest.json").write_text(json.dumps(manifest))
+    assert overlap([made], elsewhere, None).taught is not None
 
 
 def test_images_that_chose_weights_are_told_and_so_is_what_cannot_be_compared(tmp_path: Path) -> None:

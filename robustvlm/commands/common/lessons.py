@@ -9,7 +9,7 @@ from typing import Any
 from robustvlm.core.files import read_json
 from robustvlm.data import DataSource, select
 from robustvlm.data.specs import open_raw, parse_spec
-from robustvlm.data.splits import same_place, seen_images
+from robustvlm.data.splits import on_the_net, same_data, same_place, seen_images
 from robustvlm.errors import UserError
 from robustvlm.models.saved import read_card, split_folder
 
@@ -53,10 +53,12 @@ def overlap(specs: Sequence[str], judged: DataSource, limit: int | None) -> Over
     Args:
         specs: the models; limit: how many of the images, those of `--val`, are used.
     """
-    own, print_, remarks = judged.ids(), judged.fingerprint(), list[str]()
+    own, remarks = judged.ids(), list[str]()
+    about: dict[str, str | None] = {"spec": judged.spec, "fingerprint": judged.fingerprint()}
+    about |= {"content": judged.content()} if on_the_net(judged.spec) else {}
     ids = own if own is None or limit is None else select(own, limit)
     for lesson in _lessons(specs):
-        same = lesson.about.get("fingerprint") == print_
+        same = same_data(lesson.about, about)
         both, gone = ([], None) if same else _both(lesson, judged, ids)
         if (same or both) and not lesson.chose:
             return Overlap((lesson, both))
@@ -121,6 +123,8 @@ def _both(lesson: Lesson, judged: DataSource, ids: list[str] | None) -> tuple[li
     try:
         if not same_place(judged.spec, spec):
             parsed = parse_spec(spec)
+            if on_the_net(spec) and lesson.about.get("fingerprint") == judged.fingerprint():
+                return [], f"'{spec}' has shards of the same names at another address"
             there = parsed.kind not in _FILES or Path(parsed.rest).expanduser().exists()
             return [], None if there else f"'{spec}' is not there any more"
         source = open_raw(parse_spec(spec))
