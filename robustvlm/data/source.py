@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import heapq
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -191,6 +191,17 @@ class DataSource(ABC):
         if self._label_of is None or item.label == UNKNOWN:
             return item
         return replace(item, label=self._label_of[item.label])
+
+    def require_names(self, given: Sequence[str] | Mapping[str, str] | None) -> None:  # noqa: ARG002
+        """Refuse class names of its own that contradict each other, before they are used.
+
+        `given` are those of --classes; a source that is in doubt may do with them.
+        """
+        return
+
+    def require_templates(self) -> None:
+        """Refuse templates of its own that contradict each other, before they are used."""
+        return
 
     def check(self) -> None:
         """Refuse content that does not fit `class_names`; called once the names are settled, before any streaming."""

@@ -106,6 +106,8 @@ def open_data(
             source.templates = known.templates
     if templates is not None:
         source.templates = words.read_templates(templates)
+    else:
+        source.require_templates()
     if tree is not None:
         source.tree = load_forest(tree, source.class_names)
     return source
@@ -142,6 +144,7 @@ def _settle(source: DataSource, classes: Path | None, where: str) -> None:
     if names:
         check_names(names, where)
     given, note = words.read_class_names(classes) if classes is not None else (None, None)
+    source.require_names(given)
     settled = settle_names(Own(source.marks, names or None), given, where)
     if source.tree is not None:
         if len(settled.names) != len(names):
@@ -246,6 +249,8 @@ class Unlabelled(DataSource):
 
     def __init__(self, inner: DataSource, known: Sequence[str] = ()) -> None:
         super().__init__(inner.spec, ())
+        if known:
+            inner.require_names(None)
         self.inner = inner
         self.remarks = inner.remarks
         place = {name: number for number, name in enumerate(known)}

@@ -5,15 +5,16 @@ from __future__ import annotations
 import io
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 from robustvlm.core.network import Deadline, SteadyStream, open_url
-from robustvlm.data.classes import DEFAULT, check_templates, read_class_names
+from robustvlm.data.classes import DEFAULT, check_templates, read_class_names, usual_names
 from robustvlm.data.decode import decode
-from robustvlm.data.labels import captions_of, label_of
+from robustvlm.data.labels import Own, captions_of, label_of, settle_names
 from robustvlm.data.names import read_lines
 from robustvlm.data.source import SAMPLED, UNKNOWN, DataSource, Sample, Unreadable, select
 from robustvlm.data.specs import Spec
@@ -156,6 +157,7 @@ _IMAGES = (
 _LABELS = ("cls", "json", "txt")
 _PIECE = 2**14
 """Bytes of a shard that are looked at in one place."""
+_NAMES = "classnames.txt"
 _TEMPLATES = "zeroshot_classification_templates.txt"
 _JSON_KEYS = ("label", "cls", "class")
 
@@ -185,9 +187,10 @@ class WebDatasetSource(DataSource):
         self._images = (image,) if image else _IMAGES
         self._label_names = (label,) if label else tuple(kind for kind in _LABELS if kind != captions)
         self._captions = captions
-        names, about_names = _names_beside(shards)
-        templates, about_templates = _templates_beside(shards)
-        super().__init__(spec, names, templates=templates)
+        self._names_beside, about_names = _names_beside(shards)
+        self._templates_beside, about_templates = _templates_beside(shards)
+        names = max(filter(None, self._names_beside.values()), key=len, default=())
+        super().__init__(spec, names, templates=next(filter(None, self._templates_beside.values()), DEFAULT))
         self.captioned = captions is not None
         self.remarks += [*about_names, *about_templates]
 
@@ -201,6 +204,29 @@ class WebDatasetSource(DataSource):
         _library()
         given = {name: spec.options.get(name) for name in ("image", "label", "captions")}
         return cls(find_shards(spec), spec=spec.text, **given)
+
+    def require_names(self, given: Sequence[str] | Mapping[str, str] | None) -> None:
+        """Refuse shards of several sets: the labels of one would be read by the names of another.
+
+        A given list decides where all labels mean the same by it.
+        """
+        found = self._names_beside
+        if len(set(found.values())) < 2:
+            return
+        if given is None:
+            _require_one(found, _NAMES, "--classes FILE")
+            return
+        meant = [(folder, _meanings(names, given, str(folder))) for folder, names in found.items()]
+        for (first, one), (folder, other) in pairwise(meant):
+            if any(mine != theirs for mine, theirs in zip(one, other, strict=False)):
+                raise UserError(
+                    f"the shards in {first} and {folder} have different {_NAMES} beside them, and by the names of "
+                    "--classes, too, a label is not the same class in both: read one set at a time"
+                )
+
+    def require_templates(self) -> None:
+        """Refuse templates that lie beside some of the shards, and not beside the others."""
+        _require_one(self._templates_beside, _TEMPLATES, "--templates FILE")
 
     def _stream(self, keep: Callable[[str], bool]) -> Iterator[Sample | Unreadable]:
         any_sample, first_fault = False, ""
@@ -340,37 +366,44 @@ def _beside(shards: list[Shard], name: str) -> dict[Path, Path | None]:
     }
 
 
-def _require_one(found: dict[Path, Any], name: str) -> None:
-    """Refuse shards of several sets: the labels of one would be read by the names of another."""
-    (first, one), *others = found.items()
-    for folder, other in others:
+def _require_one(found: Mapping[Path, Any], name: str, option: str) -> None:
+    """Refuse what lies beside shards of several sets, and is not the same."""
+    for (first, one), (folder, other) in pairwise(found.items()):
         if other != one:
             lacks = "; one of them has none" if None in (one, other) else ""
             raise UserError(
-                f"the shards in {first} and {folder} have different {name} beside them{lacks}: read one set at a time, "
-                "or put the same file beside each"
+                f"the shards in {first} and {folder} have different {name} beside them{lacks}: "
+                f"pass {option}, put the same file beside each, or read one set at a time"
             )
 
 
-def _names_beside(shards: list[Shard]) -> tuple[tuple[str, ...], list[str]]:
-    files = _beside(shards, "classnames.txt")
-    found = {folder: None if file is None else read_class_names(file) for folder, file in files.items()}
-    if not any(found.values()):
-        return (), []
-    _require_one(found, "classnames.txt")
-    names, note = next(iter(found.values())) or ((), None)
-    return tuple(names), [note] if note else []
+def _meanings(own: tuple[str, ...] | None, given: Sequence[str] | Mapping[str, str], where: str) -> tuple[str, ...]:
+    """Return what each label is by the names given; labels without names of their own follow a list's order."""
+    if own is None:
+        if isinstance(given, Mapping):
+            raise UserError(f"the shards in {where} have no {_NAMES} whose names --classes could change: give a list")
+        return tuple(given)
+    names = usual_names(own)
+    settled = settle_names(Own(own, names), given, f"{_NAMES} beside the shards in {where}")
+    places = range(len(names)) if settled.labels is None else settled.labels
+    return tuple(settled.names[place] for place in places)
 
 
-def _templates_beside(shards: list[Shard]) -> tuple[tuple[str, ...], list[str]]:
-    """Return the templates beside the shards; there the place of the name is written {c}."""
-    read = {}
+def _names_beside(shards: list[Shard]) -> tuple[dict[Path, tuple[str, ...] | None], list[str]]:
+    """Return the names beside the shards, by folder, and what was noticed of them."""
+    files = _beside(shards, _NAMES)
+    read = {folder: None if file is None else read_class_names(file) for folder, file in files.items()}
+    notes = [one[1] for one in read.values() if one is not None and one[1]]
+    return {folder: one and tuple(one[0]) for folder, one in read.items()}, list(dict.fromkeys(notes))
+
+
+def _templates_beside(shards: list[Shard]) -> tuple[dict[Path, tuple[str, ...] | None], list[str]]:
+    """Return the templates beside the shards, by folder; there the place of the name is written {c}."""
+    read: dict[Path, tuple[str, ...] | None] = {}
     for folder, file in _beside(shards, _TEMPLATES).items():
+        read[folder] = None
         if file is not None:
             lines = [line.replace("{c}", "{}") for line in read_lines(file, "templates")]
-            read[folder] = check_templates(lines, f"the templates file {file}")
-    if not read:
-        return DEFAULT, []
-    _require_one(read, _TEMPLATES)
-    found = next(iter(read.values()))
-    return found, [f"{len(found)} prompt templates of {_TEMPLATES} beside the shards are used"]
+            read[folder] = tuple(check_templates(lines, f"the templates file {file}"))
+    found = next(filter(None, read.values()), None)
+    return read, [f"{len(found)} prompt templates of {_TEMPLATES} beside the shards are used"] if found else []

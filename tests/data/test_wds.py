@@ -17,7 +17,8 @@ from open_clip import IMAGENET_CLASSNAMES
 
 from robustvlm.data.classes import imagenet_names
 from robustvlm.data.source import Sample, Unreadable
-from robustvlm.data.specs import open_data, open_raw, parse_spec
+from robustvlm.data.specs import open_data, open_raw, open_unlabelled, parse_spec
+from robustvlm.data.splits import require_unseen
 from robustvlm.errors import UserError
 
 pytest.importorskip("webdataset")
@@ -323,17 +324,45 @@ def test_shards_of_several_sets_are_not_read_by_the_names_of_one(tmp_path: Path,
         write_tar(tmp_path / folder / "0.tar", [("0.png", plain()), ("0.cls", b"1")])
         if names:
             (tmp_path / folder / "classnames.txt").write_text(names)
-    for other, said in (("b", "different classnames.txt beside them: read"), ("c", "one of them has none: read one")):
+    mine = tmp_path / "mine.txt"
+    mine.write_text("cats\ndogs\n")
+    for other, said in (("b", "different classnames.txt beside them: pass --classes"), ("c", "one of them has none: ")):
+        mixed = f"wds:{tmp_path}/{{a,{other}}}/0.tar"
         with pytest.raises(UserError, match=said):
-            open_data(f"wds:{tmp_path}/{{a,{other}}}/0.tar")
+            open_data(mixed)
+        assert {sample.label for sample in open_unlabelled(mixed).samples() if isinstance(sample, Sample)} == {-1}
+        with pytest.raises(UserError, match=said):
+            open_unlabelled(mixed, known=["dog"])
+    with pytest.raises(UserError, match="by the names of --classes, too, a label is not the same class"):
+        open_data(f"wds:{tmp_path}/{{a,b}}/0.tar", classes=mine)
+    source = open_data(f"wds:{tmp_path}/{{a,c}}/0.tar", classes=mine)
+    assert [source.class_names[sample.label] for sample in source.samples() if isinstance(sample, Sample)] == [
+        "dogs"
+    ] * 2
+    mine.write_text("dogs\ncats\n")
+    with pytest.raises(UserError, match="not the same class in both"):
+        open_data(f"wds:{tmp_path}/{{a,c}}/0.tar", classes=mine)
+    (tmp_path / "e").mkdir()
+    write_tar(tmp_path / "e/0.tar", [("0.png", plain()), ("0.cls", b"2")])
+    (tmp_path / "e/classnames.txt").write_text("cat\ndog\nfox\n")
+    mine.write_text("fox\ndog\ncat\n")
+    source = open_data(f"wds:{tmp_path}/{{a,e}}/0.tar", classes=mine)
+    assert [source.class_names[sample.label] for sample in source.samples() if isinstance(sample, Sample)] == [
+        "dog",
+        "fox",
+    ]
     both = f"wds:{tmp_path}/{{a,d}}/0.tar"
     assert open_data(both).class_names == ("cat", "dog")
     for folder, text in (("a", "a {c}."), ("d", "the {c}.")):
         (tmp_path / folder / "zeroshot_classification_templates.txt").write_text(text)
-        if folder == "a":
-            assert open_data(both).templates == ("a {}.",)
-    with pytest.raises(UserError, match=r"different zeroshot_classification_templates.txt beside them"):
-        open_data(both)
+        with pytest.raises(UserError, match=r"different zeroshot_classification_templates.txt .*pass --templates"):
+            open_data(both)
+    texts = tmp_path / "texts.txt"
+    texts.write_text("my {}.")
+    assert open_data(both, templates=texts).templates == ("my {}.",)
+    assert open_unlabelled(both).ids() is None
+    (tmp_path / "d/zeroshot_classification_templates.txt").write_text("a {c}.")
+    assert open_data(both).templates == ("a {}.",)
 
 
 def test_shards_of_one_name_at_two_places_are_two_sets() -> None:
@@ -342,3 +371,24 @@ def test_shards_of_one_name_at_two_places_are_two_sets() -> None:
         for key, sig in (("val/0", "s3cret"), ("train/0", "s3cret"), ("val/0", "other"))
     )
     assert one.content() == again.content() != two.content()
+
+
+def test_shards_of_one_name_at_two_addresses_are_not_the_training_data(tmp_path: Path) -> None:
+    classes = tmp_path / "names.txt"
+    classes.write_text("cat\ndog\n")
+    one, other = (open_data(f"wds:https://{host}.invalid/{{0..3}}.tar", classes=classes) for host in ("one", "other"))
+    assert one.fingerprint() == other.fingerprint()
+    require_unseen(other, one, option="--val")
+    with pytest.raises(UserError, match="--val names the training data"):
+        require_unseen(one, one, option="--val")
+
+
+def test_local_shards_changed_in_place_are_the_training_data_still(shards: Path) -> None:
+    before = open_data(f"wds:{shards}")
+    known = before.content()
+    tar = shards / "test-0.tar"
+    tar.write_bytes(tar.read_bytes()[:-1] + b"\x01")
+    after = open_data(f"wds:{shards}")
+    assert after.content() != known
+    with pytest.raises(UserError, match="--val names the training data"):
+        require_unseen(after, before, option="--val")
