@@ -363,20 +363,26 @@ def _reading(
     return _Reading(Found(kept, tower, place, bias), (clashes + shapes, missing, unknown), outside)
 
 
+_CELL = 32
+"""Pixels of an image, each way, to a cell of what a residual network of CLIP pools."""
+
+
 def _of_size(name: str, weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
     """Say what image size or text length position embeddings are of, where they differ in that from a model's."""
     if not name.endswith("positional_embedding") or weights[name].shape[1:] != own[name].shape[1:]:
         return ""
     count, needed, filters = len(weights[name]), len(own[name]), "visual.conv1.weight"
     if not name.startswith("visual."):
+        if "text.cls_emb" in own:  # which takes a place of its own
+            count, needed = count - 1, needed - 1
         return f" (texts of {count} tokens, not {needed}): name the architecture or config of that length"
     if filters not in weights or weights[filters].shape != own[filters].shape or count < 2:
         return ""
+    patch = {"visual.positional_embedding": own[filters].shape[-1], "visual.attnpool.positional_embedding": _CELL}
     side = math.isqrt(count - 1)
-    if side * side + 1 != count:
+    if name not in patch or side * side + 1 != count:
         return ""
-    pixels = side * own[filters].shape[-1]
-    return f" (images of {pixels} pixels): name the architecture or config of that size"
+    return f" (images of {side * patch[name]} pixels): name the architecture or config of that size"
 
 
 def _is_beside(name: str, tensor: Tensor) -> bool:

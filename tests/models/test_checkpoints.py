@@ -191,6 +191,14 @@ def test_position_embeddings_of_another_size_are_refused_and_not_resampled() -> 
     assert "pixels" not in refused(finer)
 
 
+def test_the_position_embedding_of_a_residual_network_counts_cells_of_32_pixels() -> None:
+    config = CONFIG | {"vision_cfg": {"layers": [1, 1, 1, 1], "width": 8, "image_size": 64}}
+    model = open_clip.CLIP(**config)
+    larger = open_clip.CLIP(**config | {"vision_cfg": config["vision_cfg"] | {"image_size": 96}}).state_dict()
+    with pytest.raises(UserError, match=r"'visual.attnpool.positional_embedding' is \[10, .*\(images of 96 pixels\)"):
+        find_weights(model, larger, what="x")
+
+
 @pytest.mark.parametrize("content", [{}, {"epoch": 3}, {"state_dict": {"a": 1}}, {"a": [torch.ones(1)]}])
 def test_nothing_to_fit(content: dict[str, Any]) -> None:
     assert "holds no named tensors" in refused(content)
