@@ -33,24 +33,27 @@ class TorchvisionSource(DataSource):
 
     Nothing is downloaded unless `download` is true. `split` is `test` unless given; sets with `train=True/False` take
     `train` and `test`. Sets that name their parts otherwise take those of `_PARTS`, and need one where none is `test`;
-    of sets without parts all images are read, as `all`. Sets without class names need --classes.
+    of sets without parts all images are read, which is said. Sets without class names need --classes.
 
     Raises:
         UserError: no such set or split, not downloaded, or a set whose targets are not class labels.
 
     Example:
         >>> TorchvisionSource("FakeData", Path()).ids()[:2]
-        ['all/0', 'all/1']
+        ['test/0', 'test/1']
     """
 
     def __init__(
         self, name: str, root: Path, *, split: str | None = None, download: bool = False, spec: str | None = None
     ) -> None:
         kind = _find(name)
-        self.split = split or ("test" if _has_parts(kind) else "all")
+        # Of sets without parts, too: ids and what data are known by have been called so from the beginning.
+        self.split = split or "test"
         self._data = _construct(kind, root, split, download)
         names = getattr(self._data, "classes", None) or _NAMES.get(kind.__name__, ())
         super().__init__(spec or f"torchvision:{name}:{root}", readable([_first_name(item) for item in names]))
+        if not _has_parts(kind):
+            self.remarks.append(f"{kind.__name__} has no part for tests: all its images are read, as test/0 and on")
 
     @classmethod
     def from_spec(cls, spec: Spec) -> TorchvisionSource:

@@ -153,7 +153,11 @@ def test_sets_that_name_their_parts_otherwise_are_not_read_for_training(
         open_data(f"torchvision:LSUN:{tmp_path}?split=test")
 
 
-def test_a_set_without_parts_is_not_called_one_for_tests(tmp_path: Path) -> None:
+def test_of_a_set_without_parts_all_images_are_read_under_the_ids_they_had(tmp_path: Path, mnist: Path) -> None:
     names = tmp_path / "names.txt"
     names.write_text("\n".join(f"kind {i}" for i in range(10)))
-    assert open_data("torchvision:FakeData:.", classes=names).ids()[0] == "all/0"  # type: ignore[index]
+    source = open_data("torchvision:FakeData:.", classes=names)
+    assert source.ids()[0] == "test/0"  # type: ignore[index]
+    assert next(iter(source._identity())) == "FakeData test 1000"
+    assert "FakeData has no part for tests: all its images are read, as test/0 and on" in source.remarks
+    assert "no part for tests" not in str(open_data(f"torchvision:MNIST:{mnist}").remarks)
