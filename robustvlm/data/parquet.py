@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,7 +17,7 @@ import pyarrow.parquet as pq
 
 from robustvlm.data.decode import decode
 from robustvlm.data.labels import TextLabels, captions_of
-from robustvlm.data.source import UNKNOWN, DataSource, Sample, Unreadable
+from robustvlm.data.source import SAMPLED, UNKNOWN, DataSource, Sample, Unreadable, select
 from robustvlm.data.specs import Spec
 from robustvlm.data.splits import chosen_split, one_split
 from robustvlm.errors import UserError, nearest
@@ -142,6 +143,8 @@ def _json(value: bytes | None) -> Any:
 
 _BATCH = 32
 """Rows decoded from Parquet at once; images are held one batch at a time."""
+_GROUPS, _FEW, _MOST = 8, 8, 2**22
+"""Of how many row groups a digest looks at the first images, how many are read at once, and bytes of each."""
 
 
 class ParquetSource(DataSource):
@@ -236,8 +239,7 @@ class ParquetSource(DataSource):
             )
 
     def _sample(self, image_id: str, batch: pa.RecordBatch, row: int) -> Sample | Unreadable:
-        value = batch.column(self._columns.image)[row].as_py()
-        data = value.get("bytes") if isinstance(value, dict) else value
+        data = _bytes_of(batch.column(self._columns.image)[row])
         if data is None:
             return Unreadable(image_id, "no image bytes in this row")
         columns = self._columns
@@ -273,6 +275,32 @@ class ParquetSource(DataSource):
     def _id(self, number: int, row: int) -> str:
         return f"{self._paths[number].stem}/{row}"
 
+    def _stored(self) -> Iterable[tuple[str, bytes]]:
+        """Yield the first images of a few row groups: others in a group are read only with all before them."""
+        starts = {}
+        for number, path in enumerate(self._paths):
+            meta, start = _open(path).metadata, 0
+            for group in range(meta.num_row_groups):
+                starts[self._id(number, start)] = (number, group, start)
+                start += meta.row_group(group).num_rows
+        chosen = select(starts, _GROUPS)
+        for number, group, start in map(starts.__getitem__, chosen):
+            yield from self._first_of(number, group, start, SAMPLED // len(chosen))
+
+    def _first_of(self, number: int, group: int, start: int, count: int) -> Iterator[tuple[str, bytes]]:
+        """Yield ids and stored bytes of the first images of a row group, as far as they can be read."""
+        done, image = 0, self._columns.image
+        with contextlib.suppress(pa.ArrowException, OSError):
+            batches = _open(self._paths[number]).iter_batches(
+                _FEW, row_groups=[group], columns=[image], use_threads=False
+            )
+            for batch in batches:
+                for cell in batch.column(0)[: count - done]:
+                    yield self._id(number, start + done), (_bytes_of(cell) or b"")[:_MOST]
+                    done += 1
+                if done == count:
+                    return
+
     def _identity(self) -> Iterable[str]:
         for path, rows in zip(self._paths, self._rows, strict=True):
             yield " ".join([path.stem, str(rows), *self._columns.names])
@@ -284,6 +312,12 @@ class ParquetSource(DataSource):
                 for batch in _open(path).iter_batches(65536, columns=[name]):
                     digest.update(repr(batch.column(0).to_pylist()).encode())
                 yield digest.hexdigest()
+
+
+def _bytes_of(cell: pa.Scalar) -> bytes | None:
+    value = cell.as_py()
+    found: bytes | None = value.get("bytes") if isinstance(value, dict) else value
+    return found
 
 
 def _paths(path: Path, split: str | None) -> list[Path]:

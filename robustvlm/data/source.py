@@ -238,7 +238,7 @@ class DataSource(ABC):
         return digest.hexdigest()
 
     def content(self) -> str | None:
-        """Return a digest of a few images as they are stored, chosen by their ids; None where that would be costly.
+        """Return a digest of a few images as they are stored, always the same; None where that would be costly.
 
         Beside the fingerprint, which many sources take from names, sizes and labels: it tells data whose every image
         was changed, as by a corruption, from what they were.
@@ -251,7 +251,7 @@ class DataSource(ABC):
         return digest.hexdigest() if seen else None
 
     def _stored(self) -> Iterable[tuple[str, bytes]]:
-        """Yield the ids of at most `SAMPLED` images, chosen by `select`, and what is stored of each."""
+        """Yield the ids of at most `SAMPLED` images, always the same ones, and what is stored of each."""
         return ()
 
     def _identity(self) -> Iterable[str]:

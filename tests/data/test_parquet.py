@@ -239,3 +239,32 @@ def test_files_that_disagree_about_names_or_labels_are_refused(tmp_path: Path, p
         path = write(tmp_path / "c.parquet", [struct(plain())] * 2, texts, label=pa.string())
         with pytest.raises(UserError, match=message):
             open_data(f"parquet:{path}")
+
+
+def test_the_content_follows_images_of_the_same_sizes(tmp_path: Path, plain: Plain) -> None:
+    def written(name: str, color: int, rows: int, **kinds: Any) -> ParquetSource:
+        images = [struct(plain((i, color, 0), kind="BMP")) for i in range(100)]
+        return ParquetSource(write(tmp_path / name, images, [0] * 100, names=["cat"], rows=rows, **kinds))
+
+    for rows in (4, 1000):
+        before = written("a.parquet", 1, rows)
+        known, print_ = before.content(), before.fingerprint()
+        assert known is not None
+        after = written("a.parquet", 2, rows)
+        assert after.fingerprint() == print_
+        assert after.content() != known
+        assert written("a.parquet", 1, rows).content() == known
+        named = [name for name, data in after._stored() if data]
+        assert len(set(named)) == (32 if rows == 4 else 64)
+        assert set(named) <= set(after.ids())
+    by_label = ParquetSource(tmp_path / "a.parquet", label="", captions=None)
+    assert by_label.content() == known
+
+
+def test_a_damaged_file_has_a_content_all_the_same(tmp_path: Path, plain: Plain) -> None:
+    path = write(tmp_path / "a.parquet", [plain((i, 0, 0)) for i in range(8)], [0] * 8, names=["c"], image=pa.binary())
+    whole = ParquetSource(path).content()
+    data = bytearray(path.read_bytes())
+    data[10:200] = b"x" * 190
+    path.write_bytes(data)
+    assert ParquetSource(path).content() != whole
