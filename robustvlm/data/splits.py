@@ -235,7 +235,9 @@ def same_images(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
         return True
     counts = {data["images"] for data in (first, second) if data.get("images") is not None}
     renamed = first.get("class_names") != second.get("class_names")
-    explained = one.kind == other.kind and (renamed or _about(one) != _about(other))
+    # Under labels of another column nothing is compared, and that has to be said.
+    same_labels = one.kind == other.kind and one.options.get("label") == other.options.get("label")
+    explained = same_labels and (renamed or _about(one) != _about(other))
     return explained and len(counts) < 2 and (there or len(contents) == 2)
 
 

@@ -14,8 +14,8 @@ import pytest
 
 from robustvlm.data.parquet import ParquetSource
 from robustvlm.data.source import Sample, Unreadable
-from robustvlm.data.specs import open_data
-from robustvlm.data.splits import one_split
+from robustvlm.data.specs import open_data, open_unlabelled
+from robustvlm.data.splits import one_split, require_unseen
 from robustvlm.errors import UserError
 
 Plain = Callable[..., bytes]
@@ -268,3 +268,10 @@ def test_a_damaged_file_has_a_content_all_the_same(tmp_path: Path, plain: Plain)
     data[10:200] = b"x" * 190
     path.write_bytes(data)
     assert ParquetSource(path).content() != whole
+
+
+def test_images_read_for_other_labels_were_trained_on_all_the_same(tmp_path: Path, plain: Plain) -> None:
+    path = write(tmp_path / "a.parquet", [plain((i, 0, 0)) for i in range(8)], [0] * 8, names=["c"], image=pa.binary())
+    taught, judged = open_data(f"parquet:{path}"), open_unlabelled(f"parquet:{path}?label=")
+    with pytest.raises(UserError, match=r"8 images of --val .* are also trained on"):
+        require_unseen(judged, taught, option="--val")

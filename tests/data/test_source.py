@@ -112,7 +112,9 @@ PHOTOS = {"fingerprint": "ab", "class_names": ["cat", "dog"], "content": "11", "
         ("parquet:a?subgroup=style", "parquet:a", {"fingerprint": "cd", "images": 8}, False),
         ("parquet:a", "parquet:b", {"fingerprint": "cd"}, False),  # beyond the images that the digest looks at
         ("parquet:a?image=small", "parquet:a?image=large", {"fingerprint": "cd", "content": None}, False),
-        ("hf:a?captions=text", "hf:a?label=fine", {"fingerprint": "cd"}, True),
+        ("hf:a?captions=text", "hf:a?subgroup=style", {"fingerprint": "cd"}, True),
+        ("hf:a?label=coarse", "hf:a?label=fine", {"fingerprint": "cd", "class_names": ["pet"]}, False),
+        ("hf:a?label=coarse", "hf:a", {}, True),
         ("hf:a?streaming=1", "hf:a?streaming=1&config=b", {"content": None}, False),
         ("wds:a", "wds:a?captions=txt", {"fingerprint": "cd"}, True),
         ("wds:a?image=jpg", "wds:a?image=png", {}, False),
