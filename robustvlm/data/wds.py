@@ -217,12 +217,18 @@ class WebDatasetSource(DataSource):
             _require_one(found, _NAMES, "--classes FILE")
             return
         meant = [(folder, _meanings(names, given, str(folder))) for folder, names in found.items()]
-        for (first, one), (folder, other) in pairwise(meant):
+        first, one = max(meant, key=lambda item: len(item[1]))
+        for folder, other in meant:
             if any(mine != theirs for mine, theirs in zip(one, other, strict=False)):
                 raise UserError(
                     f"the shards in {first} and {folder} have different {_NAMES} beside them, and by the names of "
                     "--classes, too, a label is not the same class in both: read one set at a time"
                 )
+
+    def things(self) -> tuple[str, ...]:
+        """Return the names of all classes, of several sets those of each."""
+        several = self._names_beside.values() if len(set(self._names_beside.values())) > 1 else ()
+        return tuple(dict.fromkeys([*self.class_names, *(name for names in several for name in names or ())]))
 
     def require_templates(self) -> None:
         """Refuse templates that lie beside some of the shards, and not beside the others."""

@@ -345,6 +345,13 @@ def test_shards_of_several_sets_are_not_read_by_the_names_of_one(tmp_path: Path,
     (tmp_path / "e").mkdir()
     write_tar(tmp_path / "e/0.tar", [("0.png", plain()), ("0.cls", b"2")])
     (tmp_path / "e/classnames.txt").write_text("cat\ndog\nfox\n")
+    (tmp_path / "f").mkdir()
+    write_tar(tmp_path / "f/0.tar", [("0.png", plain()), ("0.cls", b"2")])
+    (tmp_path / "f/classnames.txt").write_text("cat\ndog\nowl\n")
+    mine.write_text("cat\ndog\nowl\nfox\n")
+    with pytest.raises(UserError, match="not the same class in both"):
+        open_data(f"wds:{tmp_path}/{{e,a,f}}/0.tar", classes=mine)
+    assert open_unlabelled(f"wds:{tmp_path}/{{e,f}}/0.tar").things() == ("cat", "dog", "fox", "owl")
     mine.write_text("fox\ndog\ncat\n")
     source = open_data(f"wds:{tmp_path}/{{a,e}}/0.tar", classes=mine)
     assert [source.class_names[sample.label] for sample in source.samples() if isinstance(sample, Sample)] == [
