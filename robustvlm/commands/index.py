@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from base64 import b64encode
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -166,17 +166,28 @@ def _headline(run: FinishedRun[Any]) -> Headline | None:
         on = best.on[0].auroc
         return Headline(f"AUROC, {plain(best.title, 30)}", Measure.between(on.value, on.low, on.high), on.value)
     if run.kind == "judge":
-        best = max(summary.models, key=lambda model: model.worst.successes)
-        return Headline.of(f"robust, {plain(best.spec, 40)}", best.worst)
+        # The undefended models beside them are what the defences are compared with, and no findings of the run.
+        defended = [model for model in summary.models if model.facts.base is not None]
+        best = max(defended, key=lambda model: model.worst.successes, default=None)
+        return None if best is None else Headline.of(f"robust, {plain(best.spec, 40)}", best.worst)
     if run.kind == "immunize":
         return next((Headline.of("unknown rejected", one.share_rejected) for one in _unknown(summary)), None)
-    history = getattr(summary, "history", None)
-    kept = None if history is None else history.best()
-    rates = {} if kept is None else {n: one for n, one in kept.measures.items() if isinstance(one, Rate | Mean)}
+    if run.kind == "tune-prompts":
+        return None if summary.tuned is None else Headline.of("accuracy, validation", summary.tuned.accuracy)
+    rates = {name: one for name, one in _measures(run).items() if isinstance(one, Rate | Mean)}
     for name in ("robust accuracy", "clean accuracy", *rates):
         if name in rates:
             return Headline(f"{plain(name, 40)}, validation", Measure.of(rates[name]), rates[name].value)
     return None
+
+
+def _measures(run: FinishedRun[Any]) -> Mapping[str, Any]:
+    """Return what a run measured of the weights that it kept, on its validation images."""
+    if run.kind == "soup":
+        measures: Mapping[str, Any] = run.summary.measures
+        return measures
+    kept = run.summary.history.best() if run.kind in ("finetune", "purify") else None
+    return {} if kept is None else kept.measures
 
 
 def _unknown(summary: Any) -> list[Any]:

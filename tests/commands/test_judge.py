@@ -17,6 +17,7 @@ from PIL import Image
 
 import robustvlm as rv
 from robustvlm.attacks.perturb import perturb
+from robustvlm.commands.index import entries
 from robustvlm.commands.judge import JUDGE, JudgeSettings
 from robustvlm.commands.judge.attacks import FEATURE, MODE, SHORT, UNAWARE
 from robustvlm.commands.judge.paper import table_of_defences, write_markdown
@@ -235,6 +236,16 @@ def test_a_finished_run_is_read_and_told(place: Path, run: Any) -> None:
         assert [name for name, *_ in bars_of(found, run.summary)] == ["unaware", "adaptive", "worst"]
         if found.facts.base is not None:
             assert f"{found.worst.successes} of 12" in sentence_of(found, run.summary)
+
+
+def test_in_a_list_of_runs_it_is_known_by_the_best_defence_and_not_by_what_it_is_compared_with(
+    place: Path, run: Any
+) -> None:
+    (found,) = (entry for entry in entries(place / "runs") if entry.name == run.name)
+    assert found.headline is not None
+    defended = [model.spec for model in run.summary.models if model.facts.base is not None]
+    assert found.headline.what in [f"robust, {spec}" for spec in defended]
+    assert found.headline.value == max(run.summary.of(spec).worst.value for spec in defended)
 
 
 def test_what_cannot_be_run_is_a_row_with_its_reason(run: Any) -> None:

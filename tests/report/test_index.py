@@ -13,7 +13,9 @@ from urllib.parse import unquote
 import pytest
 from pages import Page
 
+import robustvlm as rv
 from robustvlm.cli.acts import report
+from robustvlm.commands import COMMANDS
 from robustvlm.commands.index import entries, holds_runs, write_index
 
 BEFORE = Path(__file__).parents[1] / "pins" / "before"
@@ -45,6 +47,26 @@ def test_every_run_has_a_row_with_its_figure_and_every_damaged_one_a_reason(runs
         assert found[name].headline is not None, name
         assert found[name].as_dict()["kind"] == name
     assert found["attack"].radius == "L∞ 40/255, 48/255"
+
+
+def test_a_run_of_every_kind_is_read(tmp_path: Path) -> None:
+    kinds = set(COMMANDS) - {"evaluate", "judge"}  # which no earlier version has left; judge is in its own tests
+    for name in kinds:
+        shutil.copytree(BEFORE / name, tmp_path / name)
+    rv.evaluate("tiny", limit=4, out=tmp_path, name="evaluate")
+    found = {entry.manifest.get("kind"): entry for entry in entries(tmp_path)}
+    assert [entry.fault for entry in found.values()] == [""] * len(found)
+    assert set(found) == kinds | {"evaluate"}
+    prompts = json.loads((BEFORE / "tune-prompts" / "prompts.json").read_text())["tuned"]
+    soup = json.loads((BEFORE / "soup" / "soup.json").read_text())["measures"]
+    for name, what, value in (
+        ("tune-prompts", "accuracy, validation", prompts["accuracy"]["value"]),
+        ("soup", "robust accuracy, validation", soup["robust accuracy"]["value"]),
+    ):
+        shown = found[name].headline
+        assert shown is not None, name
+        assert (shown.what, shown.value) == (what, value)
+    assert {name for name, entry in found.items() if entry.headline is None} == {"build"}
 
 
 def test_the_page_sorts_by_its_one_script_and_takes_names_for_names(runs: Path) -> None:
