@@ -70,6 +70,16 @@ def test_estimate_then_budget_then_the_rest(
     assert "images to attack: at most" in captured.err
 
 
+@pytest.mark.parametrize("words", [("--fail-if", "asr>0.5"), ("--budget", "2passes"), ("--track", "tensorboard")])
+def test_an_estimate_takes_no_gate_that_it_would_let_pass(
+    words: tuple[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("robustvlm.commands.attack.work.open_data", lambda **_: pytest.fail("loaded"))
+    assert call(monkeypatch, *QUICK, "--estimate", *words) == 2
+    said = f"error: --estimate attacks nothing, so {words[0]} would do nothing: leave one of the two out\n"
+    assert capsys.readouterr().err == said
+
+
 def test_a_budget_that_cannot_be_read_is_refused_before_anything_is_loaded(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -131,6 +131,11 @@ class AttackSettings(Settings):
             raise BadSetting("resolution", "must be between 8 and 4096 pixels", got=self.resolution)
         if self.checks not in MODES:
             raise UserError(f"unknown {setting('checks')} '{self.checks}': {nearest(self.checks, MODES)}")
+        for name, given in (("fail_if", self.fail_if), ("budget", self.budget), ("track", self.track)):
+            if self.estimate and given:
+                raise BadSetting(
+                    "estimate", f"attacks nothing, so {setting(name)} would do nothing: leave one of the two out"
+                )
         return self
 
 
