@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load, save
 
 import robustvlm as rv
 from robustvlm.attacks.perturb import perturb
@@ -34,6 +36,7 @@ from robustvlm.core.files import read_json
 from robustvlm.defenses import load_pipeline
 from robustvlm.defenses.zoo.base import DEFENCES, Claim
 from robustvlm.defenses.zoo.wrap import counted_passes
+from robustvlm.errors import UserError
 from robustvlm.models import VLM
 from robustvlm.runs.records import Check
 from robustvlm.runs.run import Run
@@ -85,6 +88,16 @@ def smaller():
     model = Channels()
     model.image_size = 8
     return model
+
+
+class Told(Channels):
+    def forward(self, pixels):
+        with open("gain.txt") as file:
+            return float(file.read()) * super().forward(pixels)
+
+
+def told():
+    return Told()
 '''
 # Levels by which the right channel is brighter: an attack of 4 levels closes a gap below 8, and no other.
 GAPS = (4, 6, 12, 20)
@@ -194,21 +207,60 @@ def test_a_part_of_ones_own_that_says_it_has_no_gradient_is_not_told_to_say_so(p
 
 
 def test_a_stopped_run_goes_on_and_ends_with_the_same(place: Path, run: Any) -> None:
-    class Stop(Observer):
-        left = 12
-
-        def advance(self, count: int = 1, **shown: str) -> None:
-            del count, shown
-            self.left -= 1
-            if not self.left:
-                raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        judge(place, MODELS, "stopped", observer=Stop())
+        judge(place, MODELS, "stopped", observer=Stop(12))
     journal = (place / "runs" / "stopped" / "journal.jsonl").read_text().splitlines()
     again = judge(place, MODELS, "stopped")
     assert (place / "runs" / "stopped" / "journal.jsonl").read_text().splitlines()[: len(journal)] == journal
     assert without_time(again.summary) == without_time(run.summary)
+
+
+class Stop(Observer):
+    """Ends a run after so many looks at parts of the images."""
+
+    def __init__(self, left: int) -> None:
+        self.left = left
+
+    def advance(self, count: int = 1, **shown: str) -> None:
+        del count, shown
+        self.left -= 1
+        if not self.left:
+            raise KeyboardInterrupt
+
+
+def test_points_are_gone_on_with_by_the_run_that_made_them_alone(place: Path) -> None:
+    def again(name: str, **options: Any) -> Any:
+        return judge(place, "planted:plain+bits:8", name, limit=4, queries=0, **options)
+
+    whole, folder = again("points-whole"), place / "runs" / "points" / "adversarial"
+    with pytest.raises(KeyboardInterrupt):
+        again("points", observer=Stop(8))
+    own = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert own
+    for name in own:
+        shutil.copy(whole.folder / "adversarial" / name, folder / name)
+    with pytest.raises(UserError, match=r"\.safetensors' is another run's"):
+        again("points")
+    for name in own:
+        (folder / name).write_bytes(own[name][:20])
+    with pytest.raises(UserError, match=r"cannot read the kept points '.*: delete it, the run makes it again"):
+        again("points")
+    for name in own:  # as an earlier version wrote them, and no points of this model
+        about = {"model": "planted:plain", "act": next(iter(UNAWARE))}
+        (folder / name).write_bytes(save({"points": torch.zeros(4, 3, 16, 16)}, metadata=about))
+    for found in again("points").summary.models:
+        assert found.images == whole.summary.of(found.spec).images
+    for name in own:
+        assert torch.equal(load((folder / name).read_bytes())["points"], load(own[name])["points"])
+
+
+def test_a_model_that_answers_otherwise_is_not_gone_on_with(place: Path) -> None:
+    model = "planted:plain+bits:8,planted:told+bits:8"
+    (place / "gain.txt").write_text("1")
+    judge(place, model, "told", limit=2, queries=0, steps=1)
+    (place / "gain.txt").write_text("2")
+    with pytest.raises(UserError, match=r"outputs \(planted:told\) of fixed inputs differ"):
+        judge(place, model, "told", limit=2, queries=0, steps=1)
 
 
 def without_time(summary: Judgement) -> dict[str, Any]:

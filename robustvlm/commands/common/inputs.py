@@ -161,6 +161,17 @@ def probe_of(
     )
 
 
+def joined_probes(probes: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the probes of several models as one, whose parts say of which model they are; the keys name the models.
+
+    Example:
+        >>> joined_probes({"a": {"format": 1, "parts": {"outputs": {}}}, "b": {"format": 1, "parts": {"outputs": {}}}})
+        {'format': 1, 'parts': {'outputs (a)': {}, 'outputs (b)': {}}}
+    """
+    parts = {f"{name} ({model})": part for model, one in probes.items() for name, part in one["parts"].items()}
+    return dict(next(iter(probes.values()))) | {"parts": parts}
+
+
 def facts_of(model: VLM | Classifier, *more: str) -> dict[str, Any]:
     """Return the facts that identify a model, and of its attributes `more`; a run's default name is a digest of them.
 

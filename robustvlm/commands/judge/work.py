@@ -4,20 +4,22 @@ import hashlib
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
-from safetensors.torch import load, save
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
 
 from robustvlm.attacks.honesty import open_gradients
 from robustvlm.attacks.threat import ThreatModel, parse_norm, radius_or_default
 from robustvlm.commands.common.inputs import Images as Stream
-from robustvlm.commands.common.inputs import describe_data, remarks_of
+from robustvlm.commands.common.inputs import describe_data, joined_probes, probe_of, remarks_of
 from robustvlm.commands.judge import JudgeSettings, attacks, record
 from robustvlm.commands.judge.paper import write_markdown, write_tex
 from robustvlm.commands.judge.view import judge_report as report_of
 from robustvlm.commands.judge.view import read_run, show, write_report
-from robustvlm.core.files import replacing, write_text
+from robustvlm.core.files import first_line, replacing, require_regular, write_text
 from robustvlm.core.ranks import current_ranks, device_of_rank, resolve_device
 from robustvlm.core.size import size_text
 from robustvlm.data import DataSource, Unreadable, open_data
@@ -28,6 +30,7 @@ from robustvlm.defenses.zoo.base import Passes
 from robustvlm.defenses.zoo.unpublished import unpublished
 from robustvlm.defenses.zoo.wrap import defended
 from robustvlm.errors import UserError, setting
+from robustvlm.runs.manifest import carried, require_owner
 from robustvlm.runs.run import Facts, Session
 
 __all__ = ["RESULTS", "JudgeWork", "open_work", "read_run", "report_of", "show", "write_report"]
@@ -220,12 +223,30 @@ class _Trial:
         path = self.session.folder.adversarial_path / f"{digest}-{part:05d}.safetensors"
         images = self.images[base]
         chosen = images.rows(self._parts(images)[part])
-        if path.exists():
-            return load(path.read_bytes())["points"]
+        about = {"model": base, "act": act, **carried(self.session.manifest)}
+        if (kept := self._kept(path)) is not None:
+            return kept
         points = self._made(base, act, part, chosen).contiguous()
         path.parent.mkdir(exist_ok=True)
         with replacing(path) as temporary:
-            temporary.write_bytes(save({"points": points}, metadata={"model": base, "act": act}))
+            temporary.write_bytes(save({"points": points}, metadata=about))
+        return points
+
+    def _kept(self, path: Path) -> Tensor | None:
+        """Return points that this run has kept; None for none, and of an earlier version, which said not whose."""
+        if not path.exists():
+            return None
+        try:
+            require_regular(path)
+            with safe_open(path, framework="pt") as file:
+                found = file.metadata() or {}
+                points: Tensor = file.get_tensor("points")
+        except (OSError, SafetensorError) as error:
+            said = f"cannot read the kept points '{path}' ({first_line(error)})"
+            raise UserError(f"{said}: delete it, the run makes it again") from None
+        if found.keys() == {"model", "act"}:  # which are made again, from the same seed
+            return None
+        require_owner(found.get("run"), self.session.manifest, path)
         return points
 
     def _made(self, base: str, act: str, part: int, chosen: attacks.Images) -> Tensor:
@@ -302,6 +323,9 @@ def open_work(settings: JudgeSettings) -> JudgeWork:
         settings.stored(norm=norm, eps=radius, eps_text=text, device=device, effort=attacks.EFFORT),
         {"spec": settings.model, "fingerprint": prints[next(iter(bases))], "models": prints},
         describe_data(source),
+        probe=joined_probes(
+            {spec: probe_of(model, source.class_names, source.templates) for spec, model in models.items()}
+        ),
         remarks=[*remarks_of(source, models[next(iter(bases.values()))]), *dict.fromkeys(remarks)],
     )
     return JudgeWork(facts, settings, ThreatModel(norm, radius), text, source, bases, models, absent)

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -11,7 +10,7 @@ from rich.console import Console
 from torch import Tensor
 
 from robustvlm.attacks.threat import ThreatModel, parse_norm, radius_or_default
-from robustvlm.commands.common.inputs import describe_data, probe_of
+from robustvlm.commands.common.inputs import describe_data, joined_probes, probe_of
 from robustvlm.commands.common.lessons import overlap
 from robustvlm.commands.soup import MEASURES, SoupSettings
 from robustvlm.core.files import write_text
@@ -119,7 +118,7 @@ def open_work(settings: SoupSettings) -> SoupWork:
         settings.stored(norm=norm, eps=radius, eps_text=text, device=str(device)),
         {"spec": settings.models[0], "fingerprint": models[0].fingerprint, "ingredients": ingredients},
         {} if source is None else describe_data(source),
-        probe=_probe_of_all(models),
+        probe=joined_probes({f"model {n}": probe_of(vlm) for n, vlm in enumerate(models, 1)}),
         remarks=remarks or None,
     )
     return SoupWork(facts, settings, models, ThreatModel(norm, radius), source)
@@ -148,13 +147,6 @@ def blocks(soup: Soup) -> list[Block]:
         Table(columns, ingredients, title="Ingredients"),
         Table([Column("Measure"), Column("Value, 95% interval")], measures, title="The soup"),
     ]
-
-
-def _probe_of_all(models: Sequence[VLM]) -> dict[str, Any]:
-    """Return the answers of every ingredient to fixed inputs, as one probe."""
-    probes = [probe_of(vlm) for vlm in models]
-    parts = {f"{name} (model {n})": part for n, one in enumerate(probes, 1) for name, part in one["parts"].items()}
-    return probes[0] | {"parts": parts}
 
 
 def _require_one_function(specs: Sequence[str], models: Sequence[VLM]) -> None:
