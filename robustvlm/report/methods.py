@@ -17,6 +17,7 @@ from robustvlm.report.copies import latex_words
 from robustvlm.report.sources import bibliography, cited, named_in, of, papers
 from robustvlm.report.words import count_of, norm_name, plain
 from robustvlm.runs.records import Drawn
+from robustvlm.runs.tools import versions_of
 
 Manifest = Mapping[str, Any]
 
@@ -154,8 +155,8 @@ def _subject(kind: str, manifest: Manifest) -> Iterator[str]:
 
 
 def _program(manifest: Manifest) -> Iterator[str]:
-    seed, versions = manifest["config"].get("seed"), manifest.get("versions") or {}
-    said = [f"{name} {plain(versions[key], 30)}" for key, name in _PACKAGES.items() if key in versions]
+    seed, used = manifest["config"].get("seed"), {key: versions_of(manifest, key) for key in _PACKAGES}
+    said = [f"{name} {_listed(plain(one, 30) for one in used[key])}" for key, name in _PACKAGES.items() if used[key]]
     drawn = f" Random draws follow from the seed {seed}." if seed is not None else ""
     yield f"We used {_listed(said or ['robustvlm'])} on {plain(manifest.get('device') or 'a CPU', 80)}.{drawn}"
 

@@ -9,6 +9,7 @@ from robustvlm.report import sections as doc
 from robustvlm.report.methods import has_methods, methods_of
 from robustvlm.report.words import count_of, manifest_rows, moment, plain
 from robustvlm.runs.records import Drawn
+from robustvlm.runs.tools import sessions_of
 
 _PROGRAM = "robustvlm"
 
@@ -55,16 +56,11 @@ def _manifest(manifest: Mapping[str, Any], fired: list[str], before: tuple[doc.B
 
 def _list(manifest: Mapping[str, Any]) -> Iterator[tuple[str, doc.Line]]:
     """Yield what has to be the same for the same results."""
-    config, versions = manifest["config"], manifest.get("versions") or {}
-    commit = manifest.get("git_commit")
-    program = [f"{_PROGRAM} {plain(versions.get(_PROGRAM, 'of an unknown version'), 40)}"]
-    if commit:
-        changed = ", with changes that are in no commit" if str(commit).endswith("+") else ""
-        program.append(f"commit {plain(str(commit).rstrip('+'), 40)}{changed}")
-    yield "Program", ", ".join(program)
-    libraries = [f"{plain(name, 30)} {plain(number, 30)}" for name, number in versions.items() if name != _PROGRAM]
+    config, sessions = manifest["config"], sessions_of(manifest)
+    yield "Program", "; then ".join(dict.fromkeys(map(_program, sessions)))
+    libraries = dict.fromkeys(filter(None, map(_libraries, sessions)))
     if libraries:
-        yield "Libraries", ", ".join(libraries)
+        yield "Libraries", "; then ".join(libraries)
     if manifest.get("device"):
         yield "Device", plain(manifest["device"], 120)
     if config.get("seed") is not None:
@@ -82,6 +78,19 @@ def _list(manifest: Mapping[str, Any]) -> Iterator[tuple[str, doc.Line]]:
         yield "Run", [doc.Code(str(manifest["id"]))]
     if manifest.get("created"):
         yield "Started", moment(str(manifest["created"]))
+
+
+def _program(session: Mapping[str, Any]) -> str:
+    program = [f"{_PROGRAM} {plain(session['versions'].get(_PROGRAM, 'of an unknown version'), 40)}"]
+    if commit := session.get("git_commit"):
+        changed = ", with changes that are in no commit" if str(commit).endswith("+") else ""
+        program.append(f"commit {plain(str(commit).rstrip('+'), 40)}{changed}")
+    return ", ".join(program)
+
+
+def _libraries(session: Mapping[str, Any]) -> str:
+    numbers = session["versions"].items()
+    return ", ".join(f"{plain(name, 30)} {plain(number, 30)}" for name, number in numbers if name != _PROGRAM)
 
 
 def _fired(report: doc.Report) -> Iterator[str]:

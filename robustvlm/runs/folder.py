@@ -127,6 +127,10 @@ class RunFolder:
         except (FileNotFoundError, NotADirectoryError):
             return None
 
+    def write_manifest(self, manifest: Manifest) -> None:
+        """Write the manifest, whole or not at all."""
+        write_text(self.manifest_path, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+
     @contextmanager
     def opened(self, manifest: Manifest, *, fresh: bool = False, resume: bool = False) -> Iterator[Manifest]:
         """Hold the folder's lock for a run with this manifest; yield the manifest on disk (an older one if continued).
@@ -148,7 +152,7 @@ class RunFolder:
                 old = self.manifest()
                 if old is None:
                     self._check_empty()
-                    write_text(self.manifest_path, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+                    self.write_manifest(manifest)
                 else:
                     require_same(old, manifest, self.path, finished=lambda: self.finished)
                 yield old or manifest

@@ -3,13 +3,9 @@
 import datetime
 import hashlib
 import json
-import platform
-import subprocess
-import sys
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -18,12 +14,12 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from robustvlm.core.files import NotRegular, read_json, require_regular, write_text
 from robustvlm.errors import UserError
+from robustvlm.runs.tools import describe_device, git_commit, versions
 from robustvlm.text import secrets_cut
 
 # The manifest: what was run, with what, on what; and whether a run on disk may be continued
 
 FORMAT = 1
-_PACKAGES = ("robustvlm", "torch", "torchvision", "open_clip_torch", "numpy", "scipy", "statsmodels", "pyarrow")
 
 Manifest = dict[str, Any]
 
@@ -186,6 +182,11 @@ class _Plan(_Names):
     best_radius: float = 0.0
 
 
+class _Session(_Names):
+    versions: dict[str, str] = {}
+    git_commit: str | None = None
+
+
 class _Shape(_Names):
     """What every reader of a manifest may rely on."""
 
@@ -198,6 +199,7 @@ class _Shape(_Names):
     device: str | None = None
     git_commit: str | None = None
     versions: dict[str, str] = {}
+    sessions: list[_Session] = []
     config: dict[str, Any]
     model: _Model | None = None
     data: _Data | None = None
@@ -218,43 +220,6 @@ def problem(error: ValidationError) -> str:
     """Return the first problem that pydantic found, and where."""
     first = error.errors()[0]
     return f"{'.'.join(map(str, first['loc'])) or 'content'}: {first['msg']}"
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that results may depend on."""
-    found = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-def describe_device(device: str) -> str:
-    """Return the hardware behind a torch device, in words."""
-    import torch  # loaded here: commands know their kind without it
-
-    if device.startswith("cuda") and torch.cuda.is_available():
-        return f"{torch.cuda.get_device_name(device)} (CUDA {torch.version.cuda})"
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} thread(s), {sys.platform}"
-
-
-def git_commit() -> str | None:
-    """Return the commit of the checkout that the package runs from, with "+" when files differ; None elsewhere."""
-    root = Path(__file__).resolve().parents[2]
-    if not (root / ".git").exists():
-        return None
-    try:
-        commit = _git(root, "rev-parse", "--short=12", "HEAD")
-        return commit + ("+" if _git(root, "status", "--porcelain", "--untracked-files=no") else "")
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def _git(root: Path, *arguments: str) -> str:
-    done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=10, check=True)
-    return done.stdout.strip()
 
 
 def differences(old: Manifest, new: Manifest) -> list[str]:

@@ -17,6 +17,7 @@ from robustvlm.errors import UserError, arguments_named
 from robustvlm.runs import manifest as made
 from robustvlm.runs.folder import RunFolder, default_name
 from robustvlm.runs.settings import Observer, Settings
+from robustvlm.runs.tools import other_tools, with_session
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -317,6 +318,8 @@ class Run:
         try:
             if ranks.leader:
                 with self.folder.opened(self.manifest, fresh=fresh, resume=resume) as known:
+                    if not self.finished:
+                        known = self._gone_on_with(known, told)
                     ranks.barrier()
                     yield Session(self.folder, known, told, ranks)
                     ranks.barrier()
@@ -327,6 +330,18 @@ class Run:
         except BaseException as error:
             ranks.fail(str(error) or "interrupted")
             raise
+
+    def _gone_on_with(self, known: made.Manifest, told: Observer) -> made.Manifest:
+        """Note in the manifest on disk what this session is made with, and say so where the run was begun otherwise."""
+        if other := other_tools(known, self.manifest):
+            told.warn(
+                f"This run was begun with other versions ({other}): what is still to do may come out otherwise than it "
+                "would have then, and the run names both."
+            )
+        found = with_session(known, self.manifest)
+        if found != known:
+            self.folder.write_manifest(found)
+        return found
 
 
 def _tracking() -> Any:

@@ -39,6 +39,8 @@ ADDED = {
     "auroc_mcm",
     "drawn",
     "second_looks",
+    "uncounted",
+    "sessions",
 }
 """Keys that later versions write besides; what an earlier one has written is read without them."""
 _OPEN = {"versions", "options", "measures", "terms", "files", "levels", "superclasses", "auroc"}

@@ -120,6 +120,18 @@ def test_a_report_ends_with_what_makes_the_run_again() -> None:
     assert {"Libraries", "Device", "Model", "Data", "Run", "Started"} <= rows.keys()
 
 
+def test_a_run_of_two_versions_names_both() -> None:
+    begun = manifest("attack")
+    other = {"versions": begun["versions"] | {"robustvlm": "0.2.0"}, "git_commit": "abc+"}
+    told = {**begun, "sessions": [other]}
+    made = repeatable(Report("k", "n", "k", "f", [], []), told)
+    rows = dict(next(block for block in made.sections[-1].blocks if isinstance(block, Facts)).rows)
+    changed = "with changes that are in no commit"
+    assert rows["Program"] == f"robustvlm 0.1.0, commit 2d49fa0a6fd9; then robustvlm 0.2.0, commit abc, {changed}"
+    assert str(rows["Libraries"]).count("python ") == 1
+    assert "robustvlm 0.1.0 and 0.2.0, PyTorch" in methods_of(told).text
+
+
 def test_the_command_prints_it_for_people_and_for_programs(capsys: pytest.CaptureFixture[str]) -> None:
     made, run = methods_of(manifest("attack")), str(BEFORE / "attack")
     report([run], None, as_json=False, methods=True)

@@ -70,6 +70,10 @@ def home(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 class Steps(Observer):
     def __init__(self, *, last: int | None = None) -> None:
         self.seen, self.last = 0, last
+        self.warned: list[str] = []
+
+    def warn(self, text: str) -> None:
+        self.warned.append(text)
 
     def advance(self, count: int = 1, **shown: str) -> None:
         del shown
@@ -113,6 +117,33 @@ def test_an_interrupted_run_has_no_results_and_goes_on(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="has not ended: give its count command again"):
         read_finished(tmp_path / "r", "summary.json", Total, kind="count")
     assert start(tmp_path, name="r", resume=True).summary.total == 3
+
+
+def test_a_run_that_goes_on_under_other_versions_says_so_and_names_both(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def under(commit: str, torch: str, observer: Observer | None = None) -> FinishedRun[Total]:
+        monkeypatch.setattr("robustvlm.runs.manifest.versions", lambda: {"robustvlm": "1.0", "torch": torch})
+        monkeypatch.setattr("robustvlm.runs.manifest.git_commit", lambda: commit)
+        return start(tmp_path, observer, name="r")
+
+    for commit, torch, warned in (
+        ("ab", "2.4", ""),
+        ("ab", "2.4", ""),
+        ("cd", "2.5", "torch: 2.4 -> 2.5; commit: ab -> cd"),
+        ("cd", "2.5", "torch: 2.4 -> 2.5; commit: ab -> cd"),
+    ):
+        steps = Steps(last=1)
+        with pytest.raises(KeyboardInterrupt):
+            under(commit, torch, steps)
+        assert [warned in said for said in steps.warned] == ([True] if warned else [])
+    last, read = Steps(), Steps()
+    run = under("ab", "2.4", last)
+    assert last.warned == []
+    assert under("ef", "2.6", read).manifest == run.manifest  # a finished run is only read
+    assert read.warned == []
+    assert run.manifest["versions"] == {"robustvlm": "1.0", "torch": "2.4"}
+    assert run.manifest["sessions"] == [{"versions": {"robustvlm": "1.0", "torch": "2.5"}, "git_commit": "cd"}]
 
 
 def test_what_is_wrong_is_found_before_anything_is_written(tmp_path: Path) -> None:
