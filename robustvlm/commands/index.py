@@ -145,6 +145,8 @@ def _headline(run: FinishedRun[Any]) -> Headline | None:
     summary = run.summary
     if run.kind == "attack":
         at = summary.per_eps[-1] if summary.per_eps else None
+        if summary.images.uncounted:
+            return None
         if at is None:
             return Headline.of("clean accuracy", summary.clean_accuracy)
         from robustvlm.commands.attack.record import robust_bounds
@@ -195,7 +197,7 @@ def _unknown(summary: Any) -> list[Any]:
 
 
 def _curve(run: FinishedRun[Any]) -> Callable[[str], Markup] | None:
-    if run.kind != "attack" or len(run.summary.per_eps) < 2:
+    if run.kind != "attack" or len(run.summary.per_eps) < 2 or run.summary.images.uncounted:
         return None
     from robustvlm.commands.attack.plots import curve_of, security_curve
 

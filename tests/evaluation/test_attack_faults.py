@@ -14,7 +14,9 @@ import pytest
 from attacking import CURVE, Attacking, outcomes, prepared, rows, run_in_pieces, table
 from PIL import Image
 
-from robustvlm.commands.attack.summary import Summary
+from robustvlm.commands.attack.record import load_run, verdict
+from robustvlm.commands.attack.report import attack_report, write_report
+from robustvlm.commands.attack.summary import Summary, parse_condition
 from robustvlm.errors import UserError
 from robustvlm.report.methods import methods_of
 from robustvlm.runs.records import read_drawn
@@ -263,6 +265,42 @@ def shards(tmp_path: Path, labelled_pictures: list[tuple[Image.Image, str]]) -> 
 
 def streamed(shards: Path, name: str = "run", **settings: object) -> Attacking:
     return prepared(shards, data=f"wds:{shards}", name=name, **settings)
+
+
+def test_a_budget_spent_in_a_stream_of_unknown_length_leaves_every_rate_open(shards: Path) -> None:
+    whole = streamed(shards, name="whole", lanes=4).run()
+    assert whole.cost.passes is not None
+    budget = f"{whole.cost.passes.questions + 8}passes"
+    cut = streamed(shards, lanes=4)
+    summary = cut.run(budget=budget)
+    seen = summary.images.evaluated
+    assert 0 < seen < whole.images.evaluated
+    assert summary.images.uncounted
+    assert summary.unfinished is not None
+    assert "in the clean pass, with " in summary.unfinished
+    assert summary.unfinished.endswith(" of an unknown number of images classified")
+    assert verdict(summary).count("no rate of the data is known") == 1
+    for text in ("clean_accuracy<0", "robust_accuracy<0", "asr>1"):
+        assert parse_condition(text).holds(summary)
+    assert write_report(cut.folder.path).exists()
+    found = attack_report(load_run(cut.folder.path))
+    assert found.cards == []
+    assert "levels" not in {section.key for section in found.sections}
+    limited = streamed(shards, name="limited", lanes=4, limit=1000).run(budget=budget)
+    assert limited.images.waiting > 0  # at most so many
+    assert not limited.images.uncounted
+    again = cut.run()
+    assert (again.unfinished, again.images.uncounted) == (None, False)
+    assert again.clean_accuracy == whole.clean_accuracy
+
+
+def test_a_budget_spent_after_a_whole_stream_was_classified_counts_its_images(shards: Path) -> None:
+    for settings in ({}, {"limit": 1000}):
+        run = streamed(shards, name=f"run{len(settings)}", lanes=4, **settings)
+        run.estimate()
+        summary = run.run(budget="1pass")
+        assert summary.unfinished is not None
+        assert (summary.images.waiting, summary.images.uncounted) == (0, False)
 
 
 def test_a_damaged_stream_is_read_as_far_as_it_goes(shards: Path) -> None:

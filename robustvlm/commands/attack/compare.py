@@ -146,7 +146,8 @@ def _answers(run: AttackedRun) -> dict[Condition, Answers]:
         result[None] = {(image.image_id, names[image.label]): image.clean_correct for image in table.images}
     for i, eps in enumerate(table.eps):
         outcomes = [(image, table.after(image, i)) for image in table.images]
-        if early and (run.summary.images.waiting or any(outcome == "undecided" for _, outcome in outcomes)):
+        waits = run.summary.images.waiting or run.summary.images.uncounted
+        if early and (waits or any(outcome == "undecided" for _, outcome in outcomes)):
             continue
         result[run.summary.norm, eps, run.goal, meaning] = {
             (image.image_id, names[image.label]): outcome == "robust"
@@ -291,8 +292,12 @@ def _curves(runs: Sequence[AttackedRun], keys: Sequence[str]) -> list[doc.Block]
     blocks: list[doc.Block] = []
     for i, norm in enumerate(dict.fromkeys(run.summary.norm for run in runs)):
         curves = [
-            plots.curve_of(run.summary, key) for run, key in zip(runs, keys, strict=True) if run.summary.norm == norm
+            plots.curve_of(run.summary, key)
+            for run, key in zip(runs, keys, strict=True)
+            if run.summary.norm == norm and not run.summary.images.uncounted
         ]
+        if not curves:
+            continue
         draw = partial(plots.security_curve, curves, key=f"curve{i}", norm=norm_name(norm))
         what = sentence(plain(plots.held_by(curves), 80))
         blocks.append(doc.Chart(draw, caption=f"{what} under attack in {norm_name(norm)}, with 95% bands."))

@@ -210,7 +210,9 @@ def unfinished(summary: Summary) -> str:
     if not summary.unfinished:
         return ""
     at, parts = headline(summary), [f"Stopped early: {plain(summary.unfinished)}."]
-    if at is not None and at.undecided:
+    if summary.images.uncounted:
+        parts.append("Numbers are of the images classified so far, so no rate of the data is known.")
+    elif at is not None and at.undecided:
         parts.append(
             f"{at.undecided:,} of {at.robust_accuracy.total:,} images are undecided, so {_held(summary)} at "
             f"{plain(at.eps_text, 20)} lies between {robust_bounds(at).replace(f' {RANGE} ', ' and ')}."

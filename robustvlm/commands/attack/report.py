@@ -49,7 +49,7 @@ def attack_report(run: AttackedRun, *, drawn: bool = True) -> doc.Report:
         lines.append(record.acceptances(at, unfinished=early, abstains=summary.abstains))
     parts = [_strength(run, at, words, drawn=drawn)]
     if at is not None:
-        parts += [*_levels(summary, at), *_classes(summary, at, words)]
+        parts += [*([] if summary.images.uncounted else _levels(summary, at)), *_classes(summary, at, words)]
     if drawn:
         refused = "no answer" if summary.abstains else "rejected"
         parts += _gallery(page.load_gallery(run.folder / "gallery", run.class_names, run.eps_texts, refused=refused))
@@ -83,7 +83,8 @@ def _tone(summary: Summary, at: EpsSummary | None) -> str:
 
 def _cards(summary: Summary, at: EpsSummary | None, words: record.GoalWords) -> list[doc.Card]:
     cards = []
-    if not record.open_ended(summary, summary.clean_accuracy, summary.clean_accuracy_at_most):
+    open_ended = record.open_ended(summary, summary.clean_accuracy, summary.clean_accuracy_at_most)
+    if not open_ended and not summary.images.uncounted:
         if words.clean == CLEAN:
             whole = "images right before any attack"
         else:
@@ -113,7 +114,11 @@ def _strength(run: AttackedRun, at: EpsSummary | None, words: record.GoalWords, 
         f"nothing fooled it, at this size or a smaller one. Stronger attacks may exist, so {words.held} is an upper "
         "bound."
     )
-    curve = [_curve(run, words)] if drawn and len(summary.per_eps) > 1 and summary.images.evaluated else []
+    curve = (
+        [_curve(run, words)]
+        if drawn and len(summary.per_eps) > 1 and summary.images.evaluated and not summary.images.uncounted
+        else []
+    )
     blocks: list[doc.Block] = [doc.Text(lead, "lead"), doc.Pair([*curve, table]), _by_attack(summary, words)]
     if drawn and summary.images.evaluated:
         blocks.append(doc.Pair(_histograms(run, at, words)))
@@ -142,13 +147,17 @@ def _by_eps(summary: Summary, words: record.GoalWords) -> doc.Table:
 
 def _worst_case(summary: Summary, at: EpsSummary) -> tuple[doc.Measure, doc.Measure]:
     """Return robust accuracy and success rate; as bounds where a run has not come to some of the images."""
+    if summary.images.uncounted:
+        return doc.Measure(DASH), doc.Measure(DASH)
     if summary.unfinished and at.undecided:
         return doc.Measure(record.robust_bounds(at)), doc.Measure(record.success_bounds(at))
     return doc.Measure.of(at.robust_accuracy), doc.Measure.of(at.attack_success_rate)
 
 
 def share(summary: Summary, least: Rate, most: Rate | None) -> doc.Measure:
-    """Return a rate with its interval; as bounds where a run that stopped early does not know it yet."""
+    """Return a rate with its interval; as bounds where a run that stopped early does not know it yet, or nothing."""
+    if summary.images.uncounted:
+        return doc.Measure(DASH)
     return doc.Measure(bounds(least, most)) if record.open_ended(summary, least, most) else doc.Measure.of(least)
 
 

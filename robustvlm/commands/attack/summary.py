@@ -18,7 +18,8 @@ class Images(Record):
 
     `exposed` are those on which the goal was not reached unperturbed (None in runs from before there were goals: the
     ones classified right); `left_out` those that the goal is not about, such as images of unknown classes; `waiting`
-    those that a run which stopped early has not classified yet.
+    those that a run which stopped early has not classified yet; `uncounted`: there may be more of them, in a stream of
+    unknown length, so that no rate is known.
     """
 
     evaluated: int
@@ -27,6 +28,7 @@ class Images(Record):
     exposed: int | None = None
     left_out: int = 0
     waiting: int = 0
+    uncounted: bool = False
 
 
 class AttackSummary(Record):
@@ -165,6 +167,7 @@ def summarise(
     unreadable: Sequence[UnreadableImage] = (),
     left_out: int = 0,
     waiting: int = 0,
+    uncounted: bool = False,
     unfinished: str | None = None,
     estimate: Estimate | None = None,
     drawn: Drawn | None = None,
@@ -204,6 +207,7 @@ def summarise(
             exposed=sum(image.exposed for image in table.images),
             left_out=left_out,
             waiting=waiting,
+            uncounted=uncounted,
         ),
         clean_accuracy=rate(correct, len(table.images) + waiting),
         clean_accuracy_at_most=rate(correct + waiting, len(table.images) + waiting) if waiting else None,
@@ -375,8 +379,10 @@ class Condition:
         """Whether the condition is true at any eps of the run; of a rate over no images every condition is.
 
         What is undecided (a run stopped early, an attack broke) is counted both ways: a gate that nobody could check
-        must not open.
+        must not open. Of a stream whose images nobody has counted, every condition holds until all are classified.
         """
+        if summary.images.uncounted:
+            return True
         points: list[EpsSummary | None] = list(summary.per_eps) or [None]
         return any(self.comparison.holds_for(found) for point in points for found in self._rates(summary, point))
 

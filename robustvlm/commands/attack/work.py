@@ -127,8 +127,9 @@ class AttackWork:
             checks=list({check.name: check for check in [*ledger.checks, *judged]}.values()),
             unreadable=ledger.unreadable,
             left_out=len(ledger.left_out),
-            waiting=waiting,
-            unfinished=_unfinished(ledger, waiting),
+            waiting=waiting or 0,
+            uncounted=waiting is None,
+            unfinished=_unfinished(ledger, waiting or 0, uncounted=waiting is None),
             estimate=ledger.estimate,
             drawn=ledger.drawn,
         )
@@ -138,21 +139,24 @@ class AttackWork:
             write_text(ledger.folder.summary_path, summary.model_dump_json(indent=2) + "\n")
 
 
-def _unfinished(ledger: Ledger, waiting: int) -> str | None:
+def _unfinished(ledger: Ledger, waiting: int, *, uncounted: bool) -> str | None:
     """Say in one sentence why the session stopped early, and what it did not come to."""
+    seen = len(ledger.seen)
+    if uncounted:
+        return f"{ledger.stopped}, with {seen:,} of an unknown number of images classified"
     if ledger.stopped is None or not waiting:
         return ledger.stopped
-    seen = len(ledger.seen)
     return f"{ledger.stopped}, with {seen:,} of {seen + waiting:,} images classified"
 
 
-def _waiting(ledger: Ledger, manifest: Manifest) -> int:
-    """Return how many images a run that stopped early has still to classify, as far as that is known."""
-    if ledger.stopped is None:
-        return 0
+def _waiting(ledger: Ledger, manifest: Manifest) -> int | None:
+    """Return how many images a run that stopped early has still to classify; None where nobody knows."""
     images, limit = manifest["data"]["images"], manifest["config"]["limit"]
-    total = min((count for count in (images, limit) if count is not None), default=0)
-    return max(0, total - len(ledger.seen))
+    # What the attacks will cost is said once all images of the clean pass are there.
+    if ledger.stopped is None or (images is None and ledger.estimate is not None):
+        return 0
+    total = min((count for count in (images, limit) if count is not None), default=None)
+    return None if total is None else max(0, total - len(ledger.seen))
 
 
 # From the words of a command to everything an attack run needs; every mistake is found before any work begins

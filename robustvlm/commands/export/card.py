@@ -25,6 +25,7 @@ from robustvlm.models.weights import stored_weights
 from robustvlm.report.words import ball, count_of, interval, percent, plain
 from robustvlm.runs.manifest import kind_of_run, read_manifest
 from robustvlm.runs.run import FinishedRun
+from robustvlm.runs.tools import versions_of
 from robustvlm.stats import Rate
 
 CARD = "README.md"
@@ -137,6 +138,8 @@ def _attack(summary: Any) -> tuple[Iterator[Row], list[str]]:
         )
 
     def rows() -> Iterator[Row]:
+        if summary.images.uncounted:  # of a stream that the run did not see the end of
+            return
         yield Row("right on unperturbed images", summary.clean_accuracy)
         # Of a model that refuses or abstains, what is not answered is not fooled, and not right either.
         held = words_of(summary).held
@@ -420,8 +423,8 @@ def _how(chain: Sequence[Origin]) -> Iterator[str]:
             for name, label in _SETTINGS.items()
             if known.get(name) not in (None, "", [])
         ]
-        versions = origin.manifest.get("versions") or {}
-        yield f"Made by `robustvlm {plain(origin.manifest.get('kind'))}` {text(versions.get('robustvlm', ''))}:"
+        versions = " and ".join(text(one) for one in versions_of(origin.manifest, "robustvlm"))
+        yield f"Made by `robustvlm {plain(origin.manifest.get('kind'))}` {versions}:"
         yield block(plain(origin.manifest.get("command", ""), 2000))
         if rows:
             yield "\n".join(["| setting | value |", "|---|---|", *rows])
