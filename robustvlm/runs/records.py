@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict
 
 from robustvlm.core.files import first_line, read_json, replacing, require_regular
 from robustvlm.errors import UserError, nearest
+from robustvlm.runs.manifest import NAME
 
 # What every run's summary is made of
 
@@ -128,14 +129,24 @@ class UnreadableImage(Record):
 
 
 def find_run(name: str | Path, *, root: Path = Path("runs")) -> Path:
-    """Return the folder of a run given by path, or by its name under `root`; UserError when there is none."""
-    for folder in (Path(name), root / name):
-        if folder.is_dir():
-            return folder
+    """Return the folder of a run, or of several, given by path or by its name under `root`; UserError for none.
+
+    Where both are folders, one without a run in it, such as the images that a run is named after, is not meant.
+    """
+    folders = [folder for folder in (Path(name), root / name) if folder.is_dir()]
+    if folders:
+        return next(filter(_has_runs, folders), folders[0])
     known = [entry.name for entry in root.iterdir() if entry.is_dir()] if root.is_dir() else []
     none = f"there are no runs under '{root}/': make one with `robustvlm attack` or `robustvlm certify`"
     hint = nearest(str(name), known) if known else none
     raise UserError(f"no run '{name}': expected a run folder or the name of one under '{root}/'; {hint}")
+
+
+def _has_runs(folder: Path) -> bool:
+    try:
+        return any((place / NAME).is_file() for place in (folder, *folder.iterdir()))
+    except OSError:
+        return False
 
 
 def read_rows(path: Path, wanted: pa.Schema, *, if_absent: str, again: str) -> pa.Table:

@@ -70,6 +70,22 @@ def test_runs_are_found_by_path_and_by_name(good: Path) -> None:
         find_run("good", root=good / "nowhere")
 
 
+def test_a_folder_that_is_no_run_does_not_hide_the_run_of_that_name(
+    good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run, images = Path("runs/flowers"), Path("flowers")
+    images.mkdir()
+    (images / "1.png").touch()
+    shutil.copytree(good, run)
+    assert find_run("flowers") == run
+    assert find_run(images) == run
+    (tmp_path / "photos").mkdir()
+    assert find_run("photos") == Path("photos")  # named as it is in the error that follows
+    shutil.copytree(good, images / "one")
+    assert find_run("flowers") == images
+
+
 @pytest.fixture(scope="module")
 def app() -> typer.Typer:
     app = typer.Typer()
