@@ -46,7 +46,7 @@ def page_of(report: doc.Report) -> str:
     return page("report.html.j2", report=report)
 
 
-_PAGES = {"report.html", "report.md"}
+_PAGES = {"report.html", "report.md", "report.tex"}
 
 
 def write_page(path: Path, text: str) -> None:

@@ -341,6 +341,7 @@ FILES: dict[str, RunFile] = {
     "attacked.parquet": _RESULT,
     "report.html": _ASIDE,
     "report.md": _ASIDE,
+    "report.tex": _ASIDE,
     TRACKED: _ASIDE,
     "gallery": _RESULT,
     "adversarial": _ASIDE,

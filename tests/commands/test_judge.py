@@ -38,6 +38,8 @@ from robustvlm.defenses.zoo.base import DEFENCES, Claim
 from robustvlm.defenses.zoo.wrap import counted_passes
 from robustvlm.errors import UserError
 from robustvlm.models import VLM
+from robustvlm.report.page import write_page
+from robustvlm.runs.manifest import FILES
 from robustvlm.runs.records import Check
 from robustvlm.runs.run import Run
 from robustvlm.runs.settings import Observer
@@ -298,6 +300,16 @@ def test_in_a_list_of_runs_it_is_known_by_the_best_defence_and_not_by_what_it_is
     defended = [model.spec for model in run.summary.models if model.facts.base is not None]
     assert found.headline.what in [f"robust, {spec}" for spec in defended]
     assert found.headline.value == max(run.summary.of(spec).worst.value for spec in defended)
+
+
+def test_every_file_of_it_is_known_as_one_of_a_run(run: Any) -> None:
+    own = {path.name for path in run.folder.iterdir()} - {"run.lock", "journal.jsonl"}
+    assert own <= FILES.keys()
+    for name in ("report.md", "report.tex"):
+        path = run.folder / name
+        write_page(path, path.read_text())
+    with pytest.raises(UserError, match="is a file of the run itself"):
+        write_page(run.folder / "summary.json", "")
 
 
 def test_what_cannot_be_run_is_a_row_with_its_reason(run: Any) -> None:
