@@ -17,8 +17,11 @@ from PIL import Image
 from robustvlm.commands.attack.record import load_run, verdict
 from robustvlm.commands.attack.report import attack_report, write_report
 from robustvlm.commands.attack.summary import Summary, parse_condition
+from robustvlm.commands.evaluate.beside import _attacked as beside_rows
 from robustvlm.errors import UserError
 from robustvlm.report.methods import methods_of
+from robustvlm.report.sections import Measure
+from robustvlm.report.words import DASH
 from robustvlm.runs.records import read_drawn
 from robustvlm.runs.run import manifest_of
 from robustvlm.runs.settings import Observer
@@ -283,6 +286,7 @@ def test_a_budget_spent_in_a_stream_of_unknown_length_leaves_every_rate_open(sha
     for text in ("clean_accuracy<0", "robust_accuracy<0", "asr>1"):
         assert parse_condition(text).holds(summary)
     assert write_report(cut.folder.path).exists()
+    assert [shown for _, shown, _ in beside_rows(load_run(cut.folder.path))] == [Measure(DASH)]
     found = attack_report(load_run(cut.folder.path))
     assert found.cards == []
     assert "levels" not in {section.key for section in found.sections}

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from robustvlm.attacks.goals.base import ROBUST
-from robustvlm.commands.attack.record import AttackedRun, load_run, robust_bounds, words_of
+from robustvlm.commands.attack.record import AttackedRun, load_run, words_of
+from robustvlm.commands.attack.report import share
 from robustvlm.commands.evaluate.record import uneven
 from robustvlm.commands.evaluate.view import Evaluation, evaluate_report, read_run, spread_cells
 from robustvlm.data.splits import same_images
@@ -149,7 +150,6 @@ def _attacked(other: AttackedRun) -> Iterator[tuple[Any, ...]]:
     for at in other.summary.per_eps:
         goal = "" if other.summary.goal == "misclassify" else f", {plain(other.goal, 60)}"
         what = f"attacked, {norm_name(other.summary.norm)} {plain(at.eps_text, 20)}{goal}{_held(other)}"
-        unsure = other.summary.unfinished and at.undecided
-        shown = doc.Measure(robust_bounds(at)) if unsure else doc.Measure.of(at.robust_accuracy)
+        shown = share(other.summary, at.robust_accuracy, at.robust_accuracy_at_most)
         number = f"{at.robust_accuracy.total:,}"
         yield ([what, " ", doc.Small(plain(other.name, 60))], shown, number)
