@@ -245,8 +245,9 @@ def places_of(wanted: Sequence[str], names: Sequence[str]) -> list[int | None]:
 
 # Numbers in print that still hold: lower bounds are rounded down, upper bounds up, what was asked for not at all
 #
-# A radius, a certified cosine or the lower end of an interval is printed by `format_down`; an error probability or any
-# other "at most" by `format_up`; a radius, threshold or noise level that a user stated by `format_exact`.
+# A radius, a certified cosine or the lower end of an interval is printed by `format_down`; both ends of an interval by
+# `format_between`; an error probability or any other "at most" by `format_up`; a radius, threshold or noise level that
+# a user stated by `format_exact`.
 
 
 def floor_to(value: float, digits: int = 3) -> float:
@@ -281,6 +282,31 @@ def format_up(value: float, significant: int = 3) -> str:
         return f"{value:g}"
     step = Decimal(1).scaleb(number.adjusted() - significant + 1)
     return _short((number / step).to_integral_value(rounding=ROUND_CEILING) * step)
+
+
+def format_between(low: float, high: float, digits: int = 3) -> tuple[str, str]:
+    """Return the ends of an interval with `digits` decimals, rounded outwards, so that the printed one covers it.
+
+    Example:
+        >>> format_between(0.9006, 0.9501), format_between(-0.0004, -0.0002)
+        (('0.900', '0.951'), ('-0.001', '0.000'))
+    """
+    up = 0.0 - floor_to(-high, digits)  # never a zero with a sign
+    return format_down(low, digits), f"{up:.{digits}f}"
+
+
+def format_between_significant(low: float, high: float, significant: int = 4) -> tuple[str, str]:
+    """Return the ends of an interval with so many significant digits at most, rounded outwards.
+
+    Example:
+        >>> format_between_significant(0.123456, 12.34501), format_between_significant(-0.5, 0.0)
+        (('0.1234', '12.35'), ('-0.5', '0'))
+    """
+    least, most = (
+        0.0 - float(format_up(-low, significant)),  # down is up on the other side of zero
+        float(format_up(high, significant)),
+    )
+    return f"{least:.{significant}g}", f"{most:.{significant}g}"
 
 
 def format_exact(value: float) -> str:

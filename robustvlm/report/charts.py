@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec
 import numpy as np
 from markupsafe import Markup
 
+from robustvlm.report.words import percent
 from robustvlm.stats import Mean, Rate
 
 if TYPE_CHECKING:
@@ -210,7 +211,7 @@ def rate_curves(rates: Mapping[str, Sequence[tuple[int, Rate]]], *, key: str, ke
     whole_numbers(axes.xaxis, most=6)
     legend(figure)
     ends = "; ".join(
-        f"{name}: {100 * (points[0][1].value or 0):.1f}% to {100 * (points[-1][1].value or 0):.1f}%"
+        f"{name}: {percent(points[0][1].value or 0.0)} to {percent(points[-1][1].value or 0.0)}"
         for name, points in rates.items()
     )
     return as_svg(figure, key=key, alt=f"Validation over the steps. {ends}.")

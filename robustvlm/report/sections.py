@@ -14,6 +14,7 @@ from markupsafe import Markup
 
 from robustvlm.report.words import DASH, RANGE, Bar, Finding, count_of, interval, moment, percent, plain
 from robustvlm.stats import Mean, Rate
+from robustvlm.text import format_between, format_between_significant
 
 _LONGEST = 4000  # characters of a text that has no bound of its own
 Where = Literal["both", "page", "terminal"]
@@ -50,7 +51,7 @@ class Measure:
         >>> from robustvlm.stats import rate
         >>> Measure.of(rate(1, 2)).text, Measure.of(None).text, Measure.of(0.25).text
         ('50.0%', '—', '0.25')
-        >>> Measure.between(0.8456, 0.8, 0.9).interval.replace(RANGE, " to ")
+        >>> Measure.between(0.8456, 0.8006, 0.9).interval.replace(RANGE, " to ")
         '0.800 to 0.900'
     """
 
@@ -72,7 +73,7 @@ class Measure:
                 return cls(DASH)
             if found.low is None or found.high is None:
                 return cls(f"{found.value:.4g}", value=found.value)
-            reach = f"{found.low:.4g}{RANGE}{found.high:.4g}"
+            reach = RANGE.join(format_between_significant(found.low, found.high))
             return cls(f"{found.value:.4g}", reach, found.value, found.low, found.high)
         return cls(DASH if found is None else f"{found:.4g}", value=found)
 
@@ -85,8 +86,8 @@ class Measure:
 
     @classmethod
     def between(cls, value: float, low: float, high: float, digits: int = 3) -> Measure:
-        """Return a metric in [0, 1], such as an AUROC, with its interval."""
-        return cls(f"{value:.{digits}f}", f"{low:.{digits}f}{RANGE}{high:.{digits}f}", value, low, high)
+        """Return a metric in [0, 1], such as an AUROC, with its interval, rounded outwards."""
+        return cls(f"{value:.{digits}f}", RANGE.join(format_between(low, high, digits)), value, low, high)
 
 
 Inline = str | Code | Name | Small | Measure

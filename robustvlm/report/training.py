@@ -11,7 +11,17 @@ from pydantic import BaseModel, ConfigDict
 from robustvlm.report import page, repeat
 from robustvlm.report import sections as doc
 from robustvlm.report.charts import level_norms, loss_curves, mean_curves, rate_curves
-from robustvlm.report.words import count_of, duration, finding, manifest_rows, norm_name, percent, plain, sentence
+from robustvlm.report.words import (
+    count_of,
+    duration,
+    finding,
+    interval,
+    manifest_rows,
+    norm_name,
+    percent,
+    plain,
+    sentence,
+)
 from robustvlm.runs.run import FinishedRun, manifest_of, read_finished
 from robustvlm.runs.settings import Observer
 from robustvlm.stats import Mean, Rate
@@ -340,4 +350,4 @@ def _words(found: Rate | Mean) -> str:
         return "-"
     if isinstance(found, Mean):
         return f"{found.value:.3f}"
-    return f"{found.value:.1%} ({found.low:.1%}-{found.high:.1%})"
+    return f"{percent(found.value)} ({interval(found)})"

@@ -9,7 +9,7 @@ from typing import Any
 
 from robustvlm.runs.records import Check, Cost, Estimate
 from robustvlm.stats import Mean, Rate
-from robustvlm.text import floor_to
+from robustvlm.text import floor_to, format_between
 
 NORMS = {"Linf": "L∞", "L2": "L₂"}
 
@@ -54,15 +54,22 @@ def count_of(number: int, things: str) -> str:
 
 
 def percent(value: float | None) -> str:
-    """Return a share in [0, 1] as a percentage with one decimal, or a dash for none.
+    """Return a share in [0, 1] as a percentage with one decimal, or a dash for none; only none is 0%, only all 100%.
 
     Example:
         >>> (percent(0.8264), percent(1.0), percent(None))
         ('82.6%', '100%', '—')
+        >>> (percent(1e-5), percent(0.9999))
+        ('<0.1%', '>99.9%')
     """
     if value is None:
         return DASH
-    return "0%" if value == 0 else "100%" if value == 1 else f"{100 * value:.1f}%"
+    if value in (0, 1):
+        return "100%" if value else "0%"
+    shown = f"{100 * value:.1f}%"
+    if shown == "0.0%":
+        return "<0.1%"
+    return ">99.9%" if shown == "100.0%" and value < 1 else shown
 
 
 def interval(rate: Rate) -> str:
@@ -134,15 +141,15 @@ def moment(iso: str) -> str:
 
 
 def number(mean: Mean) -> str:
-    """Return a mean with its interval.
+    """Return a mean with its interval, rounded outwards.
 
     Example:
-        >>> number(Mean(total=9, value=0.5, low=0.4, high=0.6)).replace(RANGE, " to ")
+        >>> number(Mean(total=9, value=0.5, low=0.4006, high=0.6)).replace(RANGE, " to ")
         '0.500 (0.400 to 0.600)'
     """
     if mean.value is None:
         return DASH
-    reach = "" if mean.low is None or mean.high is None else f" ({mean.low:.3f}{RANGE}{mean.high:.3f})"
+    reach = "" if mean.low is None or mean.high is None else f" ({RANGE.join(format_between(mean.low, mean.high))})"
     return f"{mean.value:.3f}{reach}"
 
 

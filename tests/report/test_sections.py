@@ -42,8 +42,8 @@ from robustvlm.report.sections import (
     Verdict,
     numbers,
 )
-from robustvlm.report.words import Finding
-from robustvlm.stats import rate
+from robustvlm.report.words import RANGE, Finding, number, percent
+from robustvlm.stats import Mean, rate
 
 
 def shown(*blocks: object, width: int = 80) -> str:
@@ -223,3 +223,13 @@ def test_a_judged_defence_has_a_colour_for_a_clear_difference_only(
     checks = [SimpleNamespace(level=level)]
     assert tone_of(SimpleNamespace(gain=gain, gain_p=p, checks=checks)) == tone  # type: ignore[arg-type]
     assert tone_of(SimpleNamespace(gain=None, gain_p=None, checks=[])) == "neutral"  # type: ignore[arg-type]
+
+
+def test_printed_intervals_cover_what_was_computed_and_only_none_is_zero_percent() -> None:
+    auroc = Measure.between(0.9987, 0.99961, 0.99972)
+    mean = Measure.of(Mean(total=9, value=-0.1, low=-0.123412, high=0.123401))
+    said = number(Mean(total=9, value=0.5, low=0.49996, high=0.50004))
+    assert (auroc.interval, mean.interval) == (f"0.999{RANGE}1.000", f"-0.1235{RANGE}0.1235")
+    assert said == f"0.500 (0.499{RANGE}0.501)"
+    assert [percent(share) for share in (0.0, 0.0004, 0.9996, 1.0)] == ["0%", "<0.1%", ">99.9%", "100%"]
+    assert Measure.of(rate(1, 10_000)).text == "<0.1%"

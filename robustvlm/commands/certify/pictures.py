@@ -18,7 +18,7 @@ from robustvlm.core.seeds import generator
 from robustvlm.data.source import DataSource, Sample
 from robustvlm.report.charts import DASHES, INK, SERIES, Line, as_svg, chart, legend, new_figure, whole_numbers
 from robustvlm.report.page import data_uri
-from robustvlm.report.words import count_of, plain
+from robustvlm.report.words import count_of, percent, plain
 from robustvlm.text import format_down
 
 L2 = find_threat(PLAIN)
@@ -109,7 +109,7 @@ def _alt(lines: Sequence[Line]) -> str:
         picks = np.linspace(0, len(line.eps) - 1, min(5, len(line.eps))).astype(int)
         points = [
             f"{line.eps[i]:.3g}: "
-            + (format_down(line.values[i], 2) if line.values else f"{100 * (line.rates[i].value or 0):.1f}%")
+            + (format_down(line.values[i], 2) if line.values else percent(line.rates[i].value or 0.0))
             for i in picks
         ]
         parts.append(f"{line.name}: " + ", ".join(points))

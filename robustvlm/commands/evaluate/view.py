@@ -301,7 +301,9 @@ def reliability(bins: list[list[float]], *, key: str, worth: float = 1.0) -> Mar
     axes.set_ylim(0, 102)
     axes.set_xlabel("mean confidence, %")
     axes.set_ylabel("right, %")
-    told = "; ".join(f"{c / n:.0%} sure, {r / n:.0%} right of {n:.0f}" for n, c, r in zip(*bins, strict=True) if n)
+    told = "; ".join(
+        f"{percent(c / n)} sure, {percent(r / n)} right of {n:.0f}" for n, c, r in zip(*bins, strict=True) if n
+    )
     return as_svg(figure, key=key, alt=f"Reliability: {told}.")
 
 

@@ -240,13 +240,16 @@ def _diagnostics(record: dict[str, Any]) -> list[tuple[str, str]]:
         rows.append(("Band of antibodies (cosine to their class)", f"{band['safe']:.3f} to {band['risk']:.3f}"))
     for key, what in (("crossed", "Antibodies near the other four fifths"), ("near", "Named near things covered")):
         if found.get(f"coverage_{key}") is not None:
-            rows.append((f"{what} (within {found['angle']:.0f}°)", f"{found[f'coverage_{key}']:.1%}"))
+            rows.append((f"{what} (within {found['angle']:.0f}°)", percent(found[f"coverage_{key}"])))
     if found.get("eps_align_degrees") is not None:
         rows.append(("Prototypes from the held-out means of their classes", f"{found['eps_align_degrees']:.1f}°"))
     if vaccine is not None:
         rows += [
             ("Vaccine: step kept", str(vaccine["chosen_step"])),
-            ("Vaccine: margin, and pairs that it pushes", f"{vaccine['margin']:.3f}, {vaccine['pushed_share']:.1%}"),
+            (
+                "Vaccine: margin, and pairs that it pushes",
+                f"{vaccine['margin']:.3f}, {percent(vaccine['pushed_share'])}",
+            ),
             ("Vaccine: how far features are moved (median)", f"{vaccine['median_move_degrees']:.1f}°"),
         ]
     return rows

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from robustvlm.core.files import replacing
 from robustvlm.report.sections import Code, Column, Inline, Line, Name, Row, Small, Table, Verdict, numbers
-from robustvlm.report.words import count_of, plain
+from robustvlm.report.words import count_of, percent, plain
 from robustvlm.text import visible, visible_json
 
 ANSWERED, REJECTED, ABSTAINED = "answered", "rejected", "abstained"
@@ -300,11 +300,11 @@ def _cells(row: Prediction, about: About) -> Row:
         answer = Small(row.status)
     elif row.reason is not None:
         answer = [f"{row.status}: ", Small(plain(row.reason))]
-    cells: list[Line] = [Code(row.image), answer, "" if row.confidence is None else f"{row.confidence:.1%}"]
+    cells: list[Line] = [Code(row.image), answer, "" if row.confidence is None else percent(row.confidence)]
     if about.refuses:
         cells += ["" if value is None else f"{value:.4g}" for value in (row.score, row.threshold)]
     if about.top > 1:
-        cells.append(", ".join(f"{plain(name)} {value:.1%}" for name, value in row.top))
+        cells.append(", ".join(f"{plain(name)} {percent(value)}" for name, value in row.top))
     return cells
 
 
