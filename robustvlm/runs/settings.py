@@ -205,6 +205,12 @@ class Settings(BaseModel):
             if getattr(self, name) not in (None, []):
                 raise UserError(f"{setting(name)} {why}")
 
+    def require_usual(self, names: tuple[str, ...], why: str) -> None:
+        """Refuse options that were changed from their defaults and would have no effect."""
+        for name in names:
+            if getattr(self, name) != type(self).model_fields[name].get_default(call_default_factory=True):
+                raise UserError(f"{setting(name)} {why}")
+
     def require_only(self, names: tuple[str, ...], why: str, *, stands: Settings | None = None) -> None:
         """Refuse options that were changed and would have no effect: all of the run's but those named.
 

@@ -24,7 +24,7 @@ from robustvlm.runs.run import FinishedRun
 
 
 def soup(out: Path, models: list[str], **options: object) -> FinishedRun[Soup]:
-    return command.soup(models, device="cpu", val_steps=3, out=out, name="soup", fresh=True, **options)
+    return command.soup(models, device="cpu", out=out, name="soup", fresh=True, **options)
 
 
 def test_a_uniform_soup_of_runs_is_their_mean(tmp_path: Path) -> None:
@@ -43,7 +43,7 @@ def test_a_uniform_soup_of_runs_is_their_mean(tmp_path: Path) -> None:
 def test_a_greedy_soup_leaves_out_what_harms_and_is_measured(tmp_path: Path) -> None:
     good, val = prepared(tmp_path, steps=40, name="good"), pictures(tmp_path / "val", each=8)
     good.start()
-    run = soup(tmp_path, [OWN, str(good.folder.path)], method="greedy", by="clean", val=val, eps=0.03)
+    run = soup(tmp_path, [OWN, str(good.folder.path)], method="greedy", by="clean", val=val, val_steps=3, eps=0.03)
     made = run.summary
     assert made.tasted[0].name == str(good.folder.path)
     assert made.measures["clean accuracy"].value == max(step.value for step in made.tasted if step.kept)
@@ -53,7 +53,8 @@ def test_a_greedy_soup_leaves_out_what_harms_and_is_measured(tmp_path: Path) -> 
 
 
 def test_the_radius_where_none_is_given_is_one_of_the_norm(tmp_path: Path) -> None:
-    found = [soup(tmp_path, [OWN, OWN], norm=norm).manifest["config"] for norm in ("Linf", "L2")]
+    measured = {"val": pictures(tmp_path / "val", each=1), "val_steps": 1}
+    found = [soup(tmp_path, [OWN, OWN], norm=norm, **measured).manifest["config"] for norm in ("Linf", "L2")]
     assert [(config["eps_text"], config["eps"]) for config in found] == [("1/255", 1 / 255), ("0.5", 0.5)]
 
 

@@ -21,6 +21,7 @@ NO_FIT = "none"
 
 # Options that the manifest holds under other names, or as what they mean.
 _NOT_AS_GIVEN = {"id", "ood", "attack", "attack_scores", "norm", "eps", "attack_limit", "lanes"}
+_OF_ATTACKS = ("attack_scores", "attack", "norm", "eps", "attack_limit", "lanes")
 
 
 class DetectSettings(Settings):
@@ -143,8 +144,8 @@ class DetectSettings(Settings):
         if self.id is None and self.ood:
             need = setting("id", "DATA")
             raise UserError(f"{setting('ood')} says which images are unknown; pass {need} too, those of known classes")
-        if self.attack_scores is not None and not self.under_attack:
-            raise UserError(f"{setting('attack_scores')} is for {setting('under_attack')}: pass both")
+        if not self.under_attack:
+            self.require_usual(_OF_ATTACKS, f"is for {setting('under_attack')}: pass both")
         return self
 
     @property

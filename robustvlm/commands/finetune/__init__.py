@@ -5,6 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from pydantic import model_validator
+
+from robustvlm.errors import setting
 from robustvlm.runs.run import Command, FinishedRun, mirrors
 from robustvlm.runs.settings import Settings, Shared, argument, way
 from robustvlm.runs.settings import option as declared  # one of the options is called "option"
@@ -120,6 +123,13 @@ class FinetuneSettings(Settings):
     def rate(self) -> float:
         """The peak learning rate: few new parameters take larger steps than all of the tower's."""
         return self.lr if self.lr is not None else 1e-3 if self.trainable.startswith(("lora", "ssf")) else 1e-5
+
+    @model_validator(mode="after")
+    def _asked_for(self) -> FinetuneSettings:
+        """Refuse what only a tree that a language model makes is made by."""
+        if "llm" not in self.tree:
+            self.require_none(("llm", "llm_model", "tree_by"), f"is for {setting('tree', 'llm')}: pass both")
+        return self
 
     def stored(self, **resolved: Any) -> dict[str, Any]:
         """Return what defines the run; `resolved` holds the method's options and the radii as they were understood."""

@@ -79,6 +79,8 @@ class PromptSettings(Settings):
             for name in ("ebm", "lambda_ebm", "c"):
                 if getattr(self, name) != type(self).model_fields[name].default:
                     raise UserError(f"{setting('lapt')} has no energy terms: leave out {setting(name)}")
+        if not self.ebm:
+            self.require_usual(("lambda_ebm",), "is the weight of the EBM terms, and there are none: leave it out")
         return self
 
     def stored(self, **resolved: Any) -> dict[str, Any]:

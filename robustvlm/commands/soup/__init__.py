@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from robustvlm.commands.soup.work import Soup
 
 METHODS = ("uniform", "greedy")
+_OF_VAL = ("classes", "templates", "norm", "eps", "val_steps", "limit")
 MEASURES = {"robust": "robust accuracy", "clean": "clean accuracy"}
 
 
@@ -48,7 +49,7 @@ class SoupSettings(Settings):
     @model_validator(mode="after")
     def _sensible(self) -> SoupSettings:
         if self.val is None:
-            self.require_none(("classes", "templates"), f"is for {setting('val')}, and there is none")
+            self.require_usual(_OF_VAL, f"is for {setting('val')}, and there is none")
         if len(self.models) < 2:
             raise UserError(f"a soup is made of at least 2 models, got {len(self.models)}")
         for what, value, known in (("method", self.method, METHODS), ("measure", self.by, tuple(MEASURES))):
@@ -59,6 +60,8 @@ class SoupSettings(Settings):
                 f"a greedy soup is chosen on images: pass {setting('val', 'DATA')}, which none of the models was "
                 "trained on"
             )
+        if self.method != "greedy":
+            self.require_usual(("by",), f"is for {setting('method', 'greedy')}: pass both")
         return self
 
     def stored(self, **resolved: Any) -> dict[str, Any]:
