@@ -111,3 +111,14 @@ def test_memory_that_runs_out_later_costs_smaller_batches_of_the_same_bits() -> 
     assert found is not None
     assert torch.equal(found, features)
     assert seen == [12, 12, 6]
+
+
+@pytest.mark.parametrize("model", ["Random", "Coin"])
+def test_a_random_model_draws_for_each_image_whatever_its_batch(detect_run: DetectRun, model: str) -> None:
+    found = []
+    for batch_size in (1, 5, 64):
+        run = detect_run(model, name=f"by{batch_size}", scores="msp,energy", fit=None, batch_size=batch_size)
+        run.start()
+        found.append([(row["image_id"], row["msp"], row["energy"]) for row in rows_of(run)])
+    assert found[0] == found[1] == found[2]
+    assert len({energy for _, _, energy in found[0]}) > 1

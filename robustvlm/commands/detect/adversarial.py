@@ -16,6 +16,7 @@ from robustvlm.commands.detect.encoding import Answers, Encoded, kept
 from robustvlm.commands.detect.measures import Scored
 from robustvlm.commands.detect.scoring import Panel
 from robustvlm.commands.detect.summary import Adversarial, UnderAttack
+from robustvlm.core.seeds import derive_seed
 from robustvlm.data.source import DataSource, select
 from robustvlm.defenses import Classifier
 from robustvlm.runs.records import Check
@@ -150,6 +151,7 @@ def fool(
     fooled.sort(key=lambda result: result.job.index)
     if not fooled:
         return Encoded([], torch.zeros(0, dtype=torch.int64), None, None)
-    features, output = answers(torch.stack([result.adversarial for result in fooled]))
     ids, wanted = [r.job.image_id for r in fooled], torch.tensor([r.job.label for r in fooled])
+    draws = [derive_seed(seed, "fooled", name) for name in ids]
+    features, output = answers.drawn(torch.stack([result.adversarial for result in fooled]), draws)
     return Encoded(ids, wanted, features, output)

@@ -65,7 +65,7 @@ class Answers:
 
     The last batch of a set, or of a session, is filled up to a size on which that is so (`steady_sizes`): an image gets
     the same scores whoever stands beside it, and in two sets it gets them twice. Of a model whose answer to the same
-    batch changes, as of one that is random, no batch is filled.
+    batch changes by rounding, no batch is filled; one that is random is asked one by one (`drawn`).
 
     Args:
         classifier: the model; batch_size: images per pass, fewer where memory does not suffice.
@@ -82,7 +82,7 @@ class Answers:
     def __init__(self, classifier: Classifier, *, batch_size: int) -> None:
         self.classifier = classifier
         self._sizes: tuple[int, ...] = (batch_size,)
-        self._steady = self._asked = False
+        self._steady = self._asked = self._random = False
 
     def batch(self, shape: torch.Size) -> int:
         """Return how many images of a shape [3, H, W] are best asked about at a time; the model is tried out first."""
@@ -109,6 +109,16 @@ class Answers:
                     self._try_out(pixels.shape[1:])
                     break
                 rest = rest[size:]
+        return _stack([part[0] for part in parts]), _stack([part[1] for part in parts])
+
+    def drawn(self, pixels: Tensor, seeds_of: Sequence[int]) -> tuple[Tensor | None, Tensor | None]:
+        """Return what a call does; a random model draws for each row from its own seed, whoever stands beside it."""
+        self._try_out(pixels.shape[1:])
+        alone = self._random or self._sizes[0] == 1  # where batches are of one row, no one asked if it is random
+        parts = []
+        for rows, seed in zip(pixels.split(1), seeds_of, strict=True) if alone else [(pixels, seeds_of[0])]:
+            with seeds.own_draws(self.classifier.device, seed):
+                parts.append(self(rows))
         return _stack([part[0] for part in parts]), _stack([part[1] for part in parts])
 
     def _filled(self, pixels: Tensor, size: int) -> tuple[Tensor | None, Tensor | None]:
@@ -148,6 +158,7 @@ class Answers:
     def _question(self, noise: Tensor) -> None:
         first, again = self._rows(noise), self._rows(noise)
         if not all(map(torch.equal, first, again)):
+            self._random = _change(again, first) > batches.COUPLED
             return
         others = noise.flip(0) * 0.5
         others[-1] = noise[0]  # moving it shows what looks at earlier rows
@@ -158,10 +169,7 @@ class Answers:
         return [found.nan_to_num() for found in self._ask(pixels) if found is not None]
 
     def _require_independent(self, alone: Sequence[Tensor], first: Sequence[Tensor]) -> None:
-        change = max(
-            float((new - old[:1]).abs().max() / old.std().clamp_min(1e-12))
-            for new, old in zip(alone, first, strict=True)
-        )
+        change = _change(alone, [rows[:1] for rows in first], by=first)
         if change > batches.COUPLED:
             raise UserError(
                 f"what model '{self.classifier.spec}' says of an image depends on the other images in its batch (it "
@@ -169,6 +177,14 @@ class Answers:
                 f"{setting('batch_size', 1)}, or take out what works across the batch, such as batch normalisation in "
                 "training mode"
             )
+
+
+def _change(new: Sequence[Tensor], old: Sequence[Tensor], *, by: Sequence[Tensor] | None = None) -> float:
+    """Return by how many standard deviations answers moved at most, those of `by`, else of the old ones."""
+    return max(
+        float((after - before).abs().max() / spread.std().clamp_min(1e-12))
+        for after, before, spread in zip(new, old, by or old, strict=True)
+    )
 
 
 # Rows [V, 3, H, W] in place of an image's pixels [3, H, W], by its id: a corrupted image, or several crops.
@@ -235,8 +251,14 @@ class ChunkEncoder:
         pixels = torch.cat([rows for _, rows in batch])
         samples = [sample for sample, rows in batch for _ in range(len(rows))]
         classifier, began = self.answers.classifier, time.perf_counter()
-        with seeds.own_draws(classifier.device, seeds.derive_seed(self.seed, "encode", samples[0].id)):
-            features, output = self.answers(pixels)
+        views = [view for _, rows in batch for view in range(len(rows))]
+        features, output = self.answers.drawn(
+            pixels,
+            [
+                seeds.derive_seed(self.seed, "encode", sample.id, *((view,) if view else ()))
+                for sample, view in zip(samples, views, strict=True)
+            ],
+        )
         seconds = time.perf_counter() - began
         for found in (features, output):
             if found is not None and not found.isfinite().all():
