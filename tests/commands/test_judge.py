@@ -28,6 +28,7 @@ from robustvlm.commands.judge.view import (
     act_words,
     bars_of,
     claim_words,
+    intervals_of,
     left_aside,
     reproduction,
     sentence_of,
@@ -148,6 +149,18 @@ def test_the_undefended_model_is_what_it_is_by_hand(run: Any) -> None:
     assert base.gain is None
     held = {image.id for image in base.images if image.held}
     assert held == {image.id for image in base.images if int(Path(image.id).stem) > 8}
+
+
+def test_copies_of_one_drawing_count_once_in_intervals(place: Path, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("robustvlm.data.source.DataSource.group", lambda _, name: Path(name).stem)
+    copies = judge(place, "planted:plain+bits:8", "copies").summary
+    worst, each = copies.of("planted:plain").worst, run.summary.of("planted:plain").worst
+    assert (copies.worth, run.summary.worth) == (4, 12)
+    assert (worst.successes, worst.total) == (each.successes, each.total) == (6, 12)
+    assert (worst.low, worst.high) == pytest.approx((rate(2, 4).low, rate(2, 4).high))
+    assert as_read(copies).of("planted:plain").adaptive.low == pytest.approx(worst.low)
+    assert "of 4 images: copies of one drawing count once" in intervals_of(copies)
+    assert "copies" not in intervals_of(run.summary.model_copy(update={"worth": None}))
 
 
 def test_a_sound_defence_is_not_slandered_and_a_harmless_one_gains_nothing(run: Any) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import robustvlm.commands.judge.view as said
 from robustvlm.commands.judge.record import Judgement, ModelJudgement
-from robustvlm.commands.judge.view import COLUMNS, INTERVALS
+from robustvlm.commands.judge.view import COLUMNS, intervals_of
 from robustvlm.core.files import write_text
 from robustvlm.defenses.zoo.base import DEFENCES, form_of
 from robustvlm.report.copies import escape_latex, escape_markdown, latex_words
@@ -38,7 +38,7 @@ def _markdown(summary: Judgement, manifest: Mapping[str, Any]) -> Iterator[str]:
     yield "# Test-time defences, judged"
     yield ""
     yield f"{ball(summary.norm, summary.eps_text)}. {summary.images:,} images of {_code(data)},"
-    yield f"{summary.steps} gradient steps and {summary.queries} queries of Square. {INTERVALS}"
+    yield f"{summary.steps} gradient steps and {summary.queries} queries of Square. {intervals_of(summary)}"
     if aside := said.left_aside(summary):
         yield escape_markdown(aside, _LONG)
     yield ""
@@ -121,7 +121,7 @@ def _tex_lines(summary: Judgement, manifest: Mapping[str, Any]) -> Iterator[str]
     yield r"\end{tabular}"
     caption = (
         f"Our re-implementations. {ball(summary.norm, summary.eps_text)}; {summary.images:,} images of {data}, "
-        f"{summary.steps} gradient steps. Only the worst case is robust accuracy. {INTERVALS}"
+        f"{summary.steps} gradient steps. Only the worst case is robust accuracy. {intervals_of(summary)}"
     )
     yield r"\caption{" + latex_words(caption) + "}"
     for found in said.defended_models(summary):

@@ -118,7 +118,11 @@ class Unreproduced(Record):
 
 
 class Judgement(Record):
-    """The summary of a run: every model, undefended ones before what stands on them."""
+    """The summary of a run: every model, undefended ones before what stands on them.
+
+    `worth` is how many independent images the images are worth, where copies of one thing are among them: the intervals
+    are those of so many. None in runs of before, whose intervals count every image.
+    """
 
     norm: str
     eps: float
@@ -132,6 +136,7 @@ class Judgement(Record):
     models: list[ModelJudgement]
     not_reproduced: tuple[Unreproduced, ...] = ()
     effort: int = 1
+    worth: float | None = None
 
     def of(self, spec: str) -> ModelJudgement:
         """Return what was found of a model."""
@@ -203,13 +208,17 @@ class JudgeLedger(JournalLedger):
 
 @dataclass(frozen=True)
 class Images:
-    """What the summary says of the images: ids and labels of those judged on, and how many were left aside."""
+    """What the summary says of the images: ids and labels of those judged on, and how many were left aside.
+
+    `worth` is how many independent images they are worth, where copies of one thing are among them; None: all.
+    """
 
     ids: Sequence[str]
     labels: Sequence[int]
     unreadable: int = 0
     unknown: int = 0
     acts: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    worth: float | None = None
     every_mode: bool = False
 
 
@@ -244,15 +253,18 @@ def _of_model(ledger: JudgeLedger, facts: ModelFacts, images: Images, acts: Sequ
         ImageFate(id=name, label=label, right={act: fates[act][i].right for act in acts if i in fates[act]})
         for i, (name, label) in enumerate(zip(images.ids, images.labels, strict=True))
     ]
-    total = len(rows)
+
+    def share(holds: Iterable[bool]) -> Rate:
+        return rate(sum(holds), len(rows), independent=images.worth)
+
     return ModelJudgement(
         spec=facts.spec,
         facts=facts,
-        clean=rate(sum(row.right[attacks.CLEAN] for row in rows), total),
-        unaware={act: rate(sum(row.right[act] for row in rows), total) for act in attacks.UNAWARE},
-        own_label=rate(sum(row.right[attacks.LABEL] for row in rows), total),
-        adaptive=_adaptive(rows),
-        worst=rate(sum(row.held for row in rows), total),
+        clean=share(row.right[attacks.CLEAN] for row in rows),
+        unaware={act: share(row.right[act] for row in rows) for act in attacks.UNAWARE},
+        own_label=share(row.right[attacks.LABEL] for row in rows),
+        adaptive=_adaptive(rows, images.worth),
+        worst=share(row.held for row in rows),
         acts=[
             _of_act(act, rows, fates[act].values(), ledger.spent(facts.spec, act), every_mode=images.every_mode)
             for act in acts
@@ -263,8 +275,9 @@ def _of_model(ledger: JudgeLedger, facts: ModelFacts, images: Images, acts: Sequ
     )
 
 
-def _adaptive(rows: Sequence[ImageFate]) -> Rate:
-    return rate(sum(row.held_in(act for act in row.right if act != attacks.SQUARE) for row in rows), len(rows))
+def _adaptive(rows: Sequence[ImageFate], worth: float | None) -> Rate:
+    held = sum(row.held_in(act for act in row.right if act != attacks.SQUARE) for row in rows)
+    return rate(held, len(rows), independent=worth)
 
 
 def as_read(summary: Judgement) -> Judgement:
@@ -280,7 +293,7 @@ def as_read(summary: Judgement) -> Judgement:
         lacks = summary.steps >= attacks.SHORTER and not any(act.name.startswith(attacks.SHORT) for act in found.acts)
         said = "Of a version before, which did not try a quarter of the steps: a fresh run may find more."
         checks = [*found.checks, *([Check(name="more steps", level="note", message=said)] if lacks else []), *less]
-        models.append(found.model_copy(update={"adaptive": _adaptive(found.images), "checks": checks}))
+        models.append(found.model_copy(update={"adaptive": _adaptive(found.images, summary.worth), "checks": checks}))
     return summary.model_copy(update={"models": models})
 
 

@@ -22,14 +22,21 @@ from robustvlm.runs.run import FinishedRun, read_finished
 from robustvlm.stats import Rate
 
 _BUNDLED = ("tiny", "tiny-robust")
-INTERVALS = (
-    "Intervals are 95%, Clopper-Pearson. p: exact McNemar test of robust accuracy against the undefended model on the "
-    "same images, Holm over the defences of the run."
-)
 COLUMNS = ("clean", "unaware: PGD", "unaware: APGD", "own label", "adaptive", "worst = robust")
 _CLEARLY = 0.05
 _NEAR = 5
 """Points within which an unaware figure is said to be the claimed one."""
+
+
+def intervals_of(summary: Judgement) -> str:
+    """Say what the intervals and the tests are."""
+    once = ""
+    if summary.worth is not None and summary.worth < summary.images:
+        once = f", of {summary.worth:.0f} images: copies of one drawing count once"
+    return (
+        f"Intervals are 95%, Clopper-Pearson{once}. p: exact McNemar test of robust accuracy against the undefended "
+        "model on the same images, Holm over the defences of the run."
+    )
 
 
 def read_run(folder: Path) -> FinishedRun[Judgement]:
@@ -64,7 +71,7 @@ def judge_report(run: FinishedRun[Judgement]) -> doc.Report:
             *(_section(found, summary) for found in summary.models),
             doc.cost_section([("Images", f"{summary.images:,}"), ("Time", duration(summary.seconds))]),
         ],
-        footer=INTERVALS,
+        footer=intervals_of(summary),
     )
     return repeat.repeatable(report, run.manifest)
 
