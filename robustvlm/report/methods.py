@@ -15,7 +15,7 @@ from robustvlm.certify.threats import PLAIN, Threat, find_threat
 from robustvlm.errors import UserError
 from robustvlm.report.copies import latex_words
 from robustvlm.report.sources import bibliography, cited, named_in, of, papers
-from robustvlm.report.words import count_of, norm_name, plain
+from robustvlm.report.words import copies_counted, count_of, norm_name, plain
 from robustvlm.runs.records import Drawn
 from robustvlm.runs.tools import versions_of
 
@@ -214,7 +214,14 @@ def _attack(manifest: Manifest) -> Iterator[str]:
     if config.get("second_opinion"):
         yield f"The images left standing were attacked once more by {attack_words(config['second_opinion'])}."
     yield from _draws(config, manifest.get("drawn"))
+    yield from _counting_each(config)
+
+
+def _counting_each(config: Mapping[str, Any]) -> Iterator[str]:
+    """Say what intervals are that take images one by one."""
     yield _EXACT
+    if copies := copies_counted(config.get("data")):
+        yield copies
 
 
 def _draws(config: Mapping[str, Any], drawn: Drawn | None) -> Iterator[str]:
@@ -313,7 +320,7 @@ def _certify(manifest: Manifest) -> Iterator[str]:
     if config.get("min_cos") is not None:
         yield f"The cosine asked for was {config['min_cos']:g}."
     yield "Radii are rounded down, and an abstention counts as the radius 0."
-    yield _EXACT
+    yield from _counting_each(config)
 
 
 # Evaluation

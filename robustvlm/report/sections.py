@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from markupsafe import Markup
 
-from robustvlm.report.words import DASH, RANGE, Bar, Finding, count_of, interval, moment, percent, plain
+from robustvlm.report.words import DASH, RANGE, Bar, Finding, copies_counted, count_of, interval, moment, percent, plain
 from robustvlm.stats import Mean, Rate
 from robustvlm.text import format_between, format_between_significant
 
@@ -311,6 +311,14 @@ def facts_line(manifest: Mapping[str, Any], *more: Inline) -> list[Inline]:
     config, created = manifest["config"], manifest.get("created")
     start: list[Inline] = ["Model ", Code(config["model"]), " on ", Code(config["data"]), *more]
     return [*start, f", {moment(created)}"] if created else start
+
+
+def exact_intervals(manifest: Mapping[str, Any]) -> str:
+    """Return the footer of a report whose intervals count every image; "", the usual one, where none is a copy."""
+    copies = copies_counted(manifest["config"].get("data"))
+    return f"Intervals are exact 95% Clopper{RANGE}Pearson intervals; bars carry them as whiskers. {copies}" * bool(
+        copies
+    )
 
 
 def cost_section(rows: Sequence[tuple[str, Line]]) -> Section:

@@ -40,6 +40,7 @@ from robustvlm.report.sections import (
     Table,
     Text,
     Verdict,
+    exact_intervals,
     numbers,
 )
 from robustvlm.report.words import RANGE, Finding, number, percent
@@ -223,6 +224,12 @@ def test_a_judged_defence_has_a_colour_for_a_clear_difference_only(
     checks = [SimpleNamespace(level=level)]
     assert tone_of(SimpleNamespace(gain=gain, gain_p=p, checks=checks)) == tone  # type: ignore[arg-type]
     assert tone_of(SimpleNamespace(gain=None, gain_p=None, checks=[])) == "neutral"  # type: ignore[arg-type]
+
+
+def test_reports_say_where_copies_make_intervals_too_narrow() -> None:
+    bundled, own = ({"config": {"data": data}} for data in ("emoji?split=test", "imagefolder:emoji"))
+    assert "the bundled data have copies of each drawing" in exact_intervals(bundled)
+    assert exact_intervals(own) == ""
 
 
 def test_printed_intervals_cover_what_was_computed_and_only_none_is_zero_percent() -> None:
