@@ -235,8 +235,8 @@ class ViM(FittedDetector):
     Source: Wang et al. 2022, arXiv 2203.10807.
 
     Example:
-        >>> features = torch.tensor([[1.0, 0.0, 0.1], [0.0, 1.0, -0.1]])
-        >>> detector = ViM(Head(torch.eye(3)[:2], 1.0), dim=2).fit_features(features, torch.tensor([0, 1]))
+        >>> features = torch.tensor([[1.0, 0.0, 0.1], [0.0, 1.0, -0.1], [1.0, 1.0, 0.1]])
+        >>> detector = ViM(Head(torch.eye(3)[:2], 1.0), dim=2).fit_features(features, torch.tensor([0, 1, 0]))
         >>> near, far = detector.score(torch.tensor([[1.0, 0.0, 0.0], [0.9, 0.0, 1.0]]))
         >>> bool(near > far)
         True

@@ -41,13 +41,6 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "refusal of a model that never refuses": (["attack", "--goal", "deny"], "pass for example 'tiny+reject:0.5'"),
     "missing target picture": (["attack", "--goal", "feature:gone.png"], "no picture at 'gone.png'"),
     "cosine out of range": (["attack", "--goal", "feature", "--min-cos", "1.5"], "--min-cos must lie between"),
-    "cosine of no feature": (["attack", "--min-cos", "0.7"], "--min-cos is for --goal feature: leave it out"),
-    "cosine of a class": (["certify", "--claim", "class", "--min-cos", "0.7"], "--min-cos is for other claims than"),
-    "several of one class": (["certify", "--claim", "vote", "--top", "3"], "--top is for other claims than 'vote'"),
-    "weight of no antibodies": (
-        ["certify", "--claim", "openset", "--tau", "0.1", "--weight", "0.25"],
-        "--weight is for antibodies that are given: pass --antibodies FILE too",
-    ),
     "norm of no attack": (["detect", "--norm", "L7"], "--norm is for --under-attack: pass both"),
     "radius of no attack": (["detect", "--eps", "4/255"], "--eps is for --under-attack: pass both"),
     "attack that is not made": (["detect", "--attack", "pgdd"], "--attack is for --under-attack: pass both"),

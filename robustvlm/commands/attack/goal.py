@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from robustvlm.attacks.goals import GOALS, Goal, Known, Targeted, read_goals, split_goal
+from robustvlm.attacks.goals import Goal, Known, Targeted, read_goals, split_goal
 from robustvlm.attacks.goals.matching import crop
 from robustvlm.attacks.tensors import Unperturbed, ask_unperturbed
 from robustvlm.commands.attack.cost import MeteredOracle
@@ -121,17 +121,6 @@ def check_goal(text: str, min_cos: float = 0.5) -> None:
     split_goal(text)
     if not -1 < min_cos < 1:
         raise BadSetting("min_cos", "must lie between -1 and 1", got=f"{min_cos:g}: pass for example 0.5")
-
-
-def takes_cosine(text: str) -> bool:
-    """Whether `min_cos` says when a goal is reached; a goal of the user's own may read it.
-
-    Example:
-        >>> takes_cosine("feature"), takes_cosine("feature:a dog"), takes_cosine("my.goals:Below")
-        (True, False, True)
-    """
-    kind, rest = split_goal(text)
-    return kind not in GOALS or (kind == "feature" and not rest)
 
 
 def make_aim(

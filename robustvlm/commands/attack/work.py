@@ -15,7 +15,7 @@ from robustvlm import attacks
 from robustvlm.attacks import catalog, goals, honesty, oracle
 from robustvlm.attacks.goals.classes import levels_of
 from robustvlm.commands.attack import AttackPlan, AttackSettings, checks, cost, record
-from robustvlm.commands.attack.goal import Aim, check_goal, make_aim, picture_facts, takes_cosine
+from robustvlm.commands.attack.goal import Aim, check_goal, make_aim, picture_facts
 from robustvlm.commands.attack.report import report_of as report_of
 from robustvlm.commands.attack.report import show as show
 from robustvlm.commands.attack.report import write_report as write_report
@@ -31,7 +31,7 @@ from robustvlm.core.size import Size, area, sides, size_text
 from robustvlm.data import DataSource, open_data
 from robustvlm.defenses import Classifier, load_classifier
 from robustvlm.defenses.own import load_own
-from robustvlm.errors import BadSetting, UserError, nearest, setting
+from robustvlm.errors import BadSetting, UserError, nearest
 from robustvlm.runs.manifest import Manifest
 from robustvlm.runs.records import Check, Estimate, write_rows
 from robustvlm.runs.run import Facts, Session
@@ -177,8 +177,6 @@ def open_work(settings: AttackSettings) -> AttackWork:
     device = str(device_of_rank(resolve_device(settings.device), current_ranks()))
     _check_precision(settings.precision)
     check_goal(settings.goal, settings.min_cos)
-    if not takes_cosine(settings.goal):
-        settings.require_usual(("min_cos",), f"is for {setting('goal', 'feature')}: leave it out")
     source = _source(settings)
     classifier = _classifier(settings.model, source, device)
     size = _resolution(settings.resolution, classifier)

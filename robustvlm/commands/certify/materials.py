@@ -11,10 +11,8 @@ from robustvlm.certify.claims import (
     Materials,
     find_claim,
 )
-from robustvlm.certify.claims.base import Claim
 from robustvlm.certify.normal import Array
 from robustvlm.certify.wordings import Wordings
-from robustvlm.commands.certify import CertifySettings
 from robustvlm.commands.certify.config import CertifyConfig
 from robustvlm.commands.certify.gallery import Gallery
 from robustvlm.commands.certify.wordings import make_wordings, read_by_turns, texts_of
@@ -25,19 +23,6 @@ from robustvlm.defenses.specs import split_spec
 from robustvlm.errors import UserError, setting
 from robustvlm.models import VLM, zero_shot
 from robustvlm.models.zero_shot import class_embeddings
-
-
-def require_read(claim: Claim, settings: CertifySettings, *, ruled: bool) -> None:
-    """Refuse what other claims read, and a weight where no antibodies are given that it could weigh.
-
-    Args:
-        ruled: the model has antibodies and their weight of its own.
-    """
-    others = tuple(name for name in ("min_cos", "weight", "top") if name not in claim.options)
-    settings.require_usual(others, f"is for other claims than '{claim.name}': leave it out")
-    if "weight" in claim.options and settings.antibodies is None:
-        why = f"those of '{settings.model}' have their own" if ruled else f"pass {setting('antibodies', 'FILE')} too"
-        settings.require_usual(("weight",), f"is for antibodies that are given: {why}")
 
 
 def antibodies_of(config: CertifyConfig) -> tuple[str, ...]:

@@ -36,7 +36,7 @@ from robustvlm.certify.threats import PLAIN, Noise, Rotation, Threat, find_threa
 from robustvlm.commands.certify import CertifySettings
 from robustvlm.commands.certify.config import ASIDE, CertifyConfig, noise_settings
 from robustvlm.commands.certify.gallery import Gallery
-from robustvlm.commands.certify.materials import antibodies_of, own_vectors, require_read, rule_of
+from robustvlm.commands.certify.materials import antibodies_of, own_vectors, rule_of
 from robustvlm.commands.certify.wordings import paraphrases_in
 from robustvlm.core.object_graph import fingerprint
 from robustvlm.core.size import sides
@@ -120,7 +120,6 @@ def check(settings: CertifySettings) -> None:
     if settings.gallery is not None and claim is not RECALL:
         raise UserError(f"{setting('gallery')} is for {setting('claim', RECALL.name)}")
     claim.check(settings, refuses=made is not None and made.refuses)
-    require_read(claim, settings, ruled=made is not None and made.refuses)
     if settings.cache not in (None, "float16", "float32"):
         raise BadSetting("cache", "keeps float16 or float32", got=f"'{settings.cache}'")
     if settings.cache is not None and claim.head == "votes":
