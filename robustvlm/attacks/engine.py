@@ -374,6 +374,12 @@ def _numbers(alone: Look, used: int) -> int:
     return int((signal[:used] != 0).sum())
 
 
+def _told(decided: Mapping[int, float] | None, row: int, margin: float) -> float:
+    """Return the margin that a row's first look showed; the final one where that was none, or no number."""
+    look = margin if decided is None else decided.get(row, margin)
+    return look if look == look else margin
+
+
 def _facts(
     answer: Answer, more: Sequence[Tensor] = (), *, decided: Mapping[int, float] | None = None
 ) -> tuple[list[Fact], list[list[float]]]:
@@ -394,7 +400,7 @@ def _facts(
             bool(finite),
             None if cosine != cosine else cosine,
             upheld=bool(reached) and (decided is None or row in decided),
-            look=margin if decided is None else decided.get(row, margin),
+            look=_told(decided, row, margin),
         )
         for row, (reached, margin, prediction, confidence, finite, cosine) in enumerate(
             zip(*columns[: len(names)], strict=True)

@@ -218,15 +218,16 @@ class FAB(LaneAttack):
         moved, distance = boundary_step(
             x0, x, loss, grad, threat.norm, alpha_max=self.alpha_max, eta=self.eta, beta=self.beta
         )
-        # Outside the ball the model may break down; there the walk has no direction any more.
+        # Outside the ball the model may break down: the walk learns nothing there, and goes half of its way back.
         lost = ~loss.isfinite()
-        state = state | {"x": torch.where(per_image(lost, x), x, moved), DONE: lost}
+        state = state | {"x": torch.where(per_image(lost, x), (x0 + x) / 2, moved)}
         if not self._gives_up():
             return state
-        state = learn(state, distance, lengths(x - x0, threat.norm), loss > 0)
-        return state | {
-            DONE: lost | out_of_reach(state, step, threat.eps),
-            BEYOND: torch.where(lost, 0, beyond(state, step)),
+        known = learn(state, distance, lengths(x - x0, threat.norm), loss > 0)
+        known = {key: torch.where(per_image(lost, value), state[key], value) for key, value in known.items()}
+        return known | {
+            DONE: ~lost & out_of_reach(known, step, threat.eps),
+            BEYOND: torch.where(lost, 0, beyond(known, step)),
         }
 
     def _begins_away(self, run: int) -> bool:

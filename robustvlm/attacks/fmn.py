@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar
 import torch
 from torch import Tensor
 
-from robustvlm.attacks.base import ATTACKS, DONE, LaneAttack, Option, State
+from robustvlm.attacks.base import ATTACKS, LaneAttack, Option, State
 from robustvlm.attacks.objectives import Objective, objective, require_signed
 from robustvlm.attacks.threat import ThreatModel, l2_norms, lengths, per_image, random_start
 from robustvlm.core.seeds import row_sums
@@ -68,8 +68,7 @@ class FMN(LaneAttack):
         away = self.random_start or run > 0
         x = random_start(x0, ThreatModel(threat.norm, threat.eps / 2), generator) if away else x0.clone()
         infinite = torch.full((1,), math.inf, dtype=x0.dtype, device=x0.device)
-        nothing = torch.zeros(1, dtype=torch.bool, device=x0.device)
-        return {"x0": x0, "x": x, "radius": torch.zeros_like(infinite), "shortest": infinite, DONE: nothing}
+        return {"x0": x0, "x": x, "radius": torch.zeros_like(infinite), "shortest": infinite}
 
     def advance(self, state: State, loss: Tensor, grad: Tensor, step: Tensor, threat: ThreatModel) -> State:
         x0, x = state["x0"], state["x"]
@@ -90,10 +89,12 @@ class FMN(LaneAttack):
 
         moved = x + grad * per_image(alpha / l2_norms(grad).clamp_min(_TINY), x)
         moved = _into_ball(moved - x0, radius, threat.norm)
-        # Outside the ball the model may break down; there the walk has no direction any more.
+        # Outside the ball the model may break down: the walk learns nothing there, and goes half of its way back.
         lost = ~loss.isfinite()
-        moved = torch.where(per_image(lost, x), x, (x0 + moved).clamp(0, 1))
-        return {"x0": x0, "x": moved, "radius": radius, "shortest": shortest, DONE: lost}
+        moved = torch.where(per_image(lost, x), (x0 + x) / 2, (x0 + moved).clamp(0, 1))
+        radius = torch.where(lost, state["radius"] / 2, radius)
+        shortest = torch.where(lost, state["shortest"], shortest)
+        return {"x0": x0, "x": moved, "radius": radius, "shortest": shortest}
 
 
 def _into_ball(delta: Tensor, radius: Tensor, norm: str) -> Tensor:

@@ -48,7 +48,7 @@ class OwnClassifier(Classifier):
         self.differentiable = isinstance(model, nn.Module) or getattr(model, "differentiable", True)
         stand_in = None if isinstance(model, nn.Module) else getattr(model, "surrogate", None)
         self.surrogate = stand_in
-        if stand_in is not None and self._columns is not None:
+        if callable(stand_in) and self._columns is not None:
             self.surrogate = lambda pixels: self._ordered(stand_in(pixels))
         self.eval().requires_grad_(False)
 

@@ -156,7 +156,7 @@ class BreaksOutside(Linear):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", ["apgd-t", "fab-t", "fab-t:futility=off", "fab", "fmn", "fmn:restarts=2"])
 def test_what_breaks_outside_the_ball_says_nothing_of_the_image(name: str, precision: str) -> None:
-    """A walk that comes there ends, and what follows inside the ball is made."""
+    """A walk that comes there turns back, and what follows inside the ball is made."""
     model, x = BreaksOutside(), 0.3 + 0.4 * images(12)
     order = model(x).argsort(descending=True).tolist()
     jobs = [Job(str(i), i, x[i], order[i][0], tuple(order[i][1:])) for i in range(12)]
@@ -168,6 +168,4 @@ def test_what_breaks_outside_the_ball_says_nothing_of_the_image(name: str, preci
         assert all(not result.beyond or min(result.beyond.values()) > 0 for result in results)
         found[each] = fooled(results)
     plain = found.popitem()[1]
-    assert found[model] <= plain
-    if name == "apgd-t":
-        assert found[model] == plain
+    assert found[model] == plain

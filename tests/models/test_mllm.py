@@ -225,3 +225,16 @@ def test_values_of_another_form_are_one_line(tmp_path: Path) -> None:
     (tmp_path / "m" / "generation_config.json").write_text("[2]")
     with pytest.raises(UserError, match=r"cannot be loaded|holds a list, expected an object"):
         load_model(f"mllm:{tmp_path / 'm'}")
+
+
+def test_an_end_that_the_model_cannot_say_ends_nothing(tmp_path: Path) -> None:
+    _, ours = opened(tmp_path / "m")
+    path = tmp_path / "m" / "generation_config.json"
+    told = json.loads(path.read_text()) if path.is_file() else {}
+    path.write_text(json.dumps(told | {"eos_token_id": [2, 10**6]}))
+    again = load_model(f"mllm:{tmp_path / 'm'}")
+    assert isinstance(again, MllmVLM)
+    assert again.tongue.ends == ours.tongue.ends == (2,)
+    path.write_text(json.dumps(told | {"eos_token_id": [10**6]}))
+    with pytest.raises(UserError, match="can say none of the tokens that end an answer: 1000000"):
+        load_model(f"mllm:{tmp_path / 'm'}")

@@ -113,7 +113,9 @@ class Goal(ABC):
     def boundary(self, output: Tensor, objective: Objective, case: Case) -> Tensor:
         """Return what attacks maximise that walk along a boundary, [B]: above zero where the goal is reached, only.
 
-        The loss, unless its sign does not tell that. An objective contributes its choice of class.
+        The loss, unless its sign does not tell that; where it does not and no boundary is known (`match`, `reword`, and
+        `unsay` by features), such attacks walk along another and find less. An objective contributes its choice of
+        class.
         """
         return self.loss(output, objective, case)
 

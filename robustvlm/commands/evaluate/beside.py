@@ -96,9 +96,12 @@ def evenness(run: Evaluation, attacked: Sequence[AttackedRun]) -> Iterator[doc.B
     left: list[str] = []
     for other in attacked:
         verdicts = other.verdicts()
-        seen = {(image.image_id, image.label): image for image in verdicts.images} if _comparable(run, other) else {}
-        shared = [(row["label"], row["subgroup"], row["correct"], seen[row["image_id"], row["label"]])
-                  for row in rows if (row["image_id"], row["label"]) in seen]  # fmt: skip
+        # Two runs may number the classes of one set in another order.
+        mine, theirs = (dict(enumerate(one.class_names)) for one in (run, other))
+        named = {(image.image_id, theirs.get(image.label)): image for image in verdicts.images}
+        seen = named if _comparable(run, other) else {}
+        shared = [(row["label"], row["subgroup"], row["correct"], seen[row["image_id"], mine[row["label"]]])
+                  for row in rows if (row["image_id"], mine[row["label"]]) in seen]  # fmt: skip
         if not shared:
             left.append(plain(other.name, 60))
             continue

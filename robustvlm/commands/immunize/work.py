@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -63,7 +63,7 @@ def noisy_means(
     *,
     draws: int,
     seed: int,
-    keep: Callable[[str], bool] | None = None,
+    keep: Collection[str] | None = None,
     on_images: Callable[[int], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the mean features [N, D] of noisy copies of the labelled images, not normalised, and the labels [N].
@@ -89,7 +89,7 @@ def noisy_means(
 
 
 def noisy_copies(
-    vlm: VLM, source: DataSource, sigma: float, *, each: int, seed: int, keep: Callable[[str], bool] | None = None
+    vlm: VLM, source: DataSource, sigma: float, *, each: int, seed: int, keep: Collection[str] | None = None
 ) -> tuple[Tensor, Tensor]:
     """Return features [N * each, D] of single noisy copies of the images of `noisy_means`, and their labels.
 
@@ -112,14 +112,14 @@ def _under_noise(
     sigma: float,
     *,
     seed: int,
-    keep: Callable[[str], bool] | None,
+    keep: Collection[str] | None,
     on_images: Callable[[int], None] | None = None,
 ) -> tuple[list[Tensor], list[int]]:
     """Return what `encode` makes of each labelled image [1, 3, H, W], with draws of its own, and the labels."""
     rows: list[Tensor] = []
     labels: list[int] = []
     cuda = [vlm.device] if vlm.device.type == "cuda" else []
-    for item in source.samples(keep=keep):
+    for item in source.samples(keep=None if keep is None else keep.__contains__):
         if not isinstance(item, Sample) or item.label == UNKNOWN:
             continue
         pixels = to_pixels(item.image, vlm.framing)[None].to(vlm.device)
@@ -129,6 +129,8 @@ def _under_noise(
         labels.append(item.label)
         if on_images is not None:
             on_images(len(labels))
+        if keep is not None and len(labels) == len(keep):  # of a stream no more is read
+            break
     if not rows:
         raise UserError(f"'{source.spec}' has no image of a known class to set thresholds under noise with")
     return rows, labels
@@ -281,13 +283,11 @@ class ImmunizeWork:
                 sigma,
                 draws=NOISE_DRAWS,
                 seed=self.settings.seed,
-                keep=chosen.__contains__,
+                keep=chosen,
                 on_images=counted(observer),
             )
             found[sigma] = thresholds_of(means, labels, immunity, deciding, text=text)
-            few = noisy_copies(
-                adapted, source, sigma, each=COPIES_EACH, seed=self.settings.seed, keep=chosen.__contains__
-            )
+            few = noisy_copies(adapted, source, sigma, each=COPIES_EACH, seed=self.settings.seed, keep=chosen)
             single[sigma] = thresholds_of(*few, immunity, of_copies, text=text)
         return UnderNoise(
             replace(immunity, noisy=_tensors(found), copies=_tensors(single)),

@@ -3,6 +3,7 @@
 import hashlib
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,7 @@ def load_mllm(spec: str, load_base: Callable[[object], VLM]) -> MllmVLM:
     model = _load_weights(module, folder, config, family, own, load_base)
     how = family.preprocessing(read_image_processor(module, folder, own, family.settings), own)
     tongue = _tongue(module, folder, config, family, own)
+    tongue = replace(tongue, ends=_said(tongue.ends, model, own))
     vlm = MllmVLM(
         model,
         how,
@@ -172,6 +174,15 @@ def _ends(folder: Path, config: Mapping[str, Any], tokenizer: Any) -> tuple[int,
     if not all(isinstance(token, int) for token in several):
         raise UserError(f"'{folder}' ends an answer at {several}: expected the numbers of tokens as eos_token_id")
     return tuple(several)
+
+
+def _said(ends: tuple[int, ...], model: Any, spec: str) -> tuple[int, ...]:
+    """Return the end tokens that the model can say; those beyond its vocabulary end nothing."""
+    head = model.get_output_embeddings()
+    found = tuple(end for end in ends if head is None or 0 <= end < head.weight.shape[0])
+    if not found:
+        raise UserError(f"'{spec}' can say none of the tokens that end an answer: {', '.join(map(str, ends))}")
+    return found
 
 
 def _template(folder: Path) -> str | None:
