@@ -99,9 +99,9 @@ def test_attack_goes_through_the_whole_pipeline(pipeline: tuple[Path, str], out:
     assert summary["cost"]["backward_passes"] > 0
 
 
-def test_evaluate_takes_it(pipeline: tuple[Path, str]) -> None:
+def test_evaluate_takes_it(pipeline: tuple[Path, str], out: Path) -> None:
     model, data = pipeline
-    assert "whole" in command("evaluate", model, "--data", data, "--limit", 6)
+    assert "whole" in command("evaluate", model, "--data", data, "--limit", 6, "--out", out)
 
 
 def test_detect_takes_a_whole_pipeline_with_a_head(

@@ -49,7 +49,7 @@ def test_from_training_to_soup_and_export(tmp_path: Path, capsys: pytest.Capture
     assert code == 0
     sizes = [(tmp_path / name / "open_clip_model.safetensors").stat().st_size for name in ("c", "d")]
     assert sizes[1] < 0.6 * sizes[0]
-    assert call(capsys, "evaluate", str(tmp_path / "d"), "--data", data, "--json")[0] == 0
+    assert call(capsys, "evaluate", str(tmp_path / "d"), "--data", data, "--out", str(tmp_path), "--json")[0] == 0
 
 
 @pytest.mark.parametrize(
