@@ -239,6 +239,13 @@ def _draws(config: Mapping[str, Any], drawn: Drawn | None) -> Iterator[str]:
         yield f"A success must hold in the majority of {draws} fresh draws{more}."
 
 
+def _counting_once(config: Mapping[str, Any]) -> Iterator[str]:
+    """Say what intervals are that take copies of one thing for one case, where there are any."""
+    yield _EXACT
+    if copies_counted(config.get("data")):
+        yield "Copies of one drawing count as one: the intervals are those of as many cases as the images are worth."
+
+
 def _judge(manifest: Manifest) -> Iterator[str]:
     from robustvlm.defenses.specs import split_spec
     from robustvlm.defenses.zoo.base import DEFENCES, IDENTITY
@@ -268,7 +275,7 @@ def _judge(manifest: Manifest) -> Iterator[str]:
         "Robust accuracy is the worst case over all of them. It is compared with that of the undefended model on the "
         "same images by McNemar's exact test [@mcnemar1947], adjusted over the defences by Holm's method [@holm1979]."
     )
-    yield _EXACT
+    yield from _counting_once(config)
 
 
 # Certificates
@@ -335,7 +342,7 @@ def _evaluate(manifest: Manifest) -> Iterator[str]:
             "(MacroStd) [@chiu2023], with 95% intervals from bootstrap draws over images."
         )
         yield from _corruptions(manifest)
-        yield _EXACT
+        yield from _counting_once(manifest["config"])
         return
     yield (
         "Images and captions are compared by the cosine of their features [@radford2021]; recall at k counts an image "
@@ -462,7 +469,8 @@ def _immunize(manifest: Manifest) -> Iterator[str]:
         f"The method follows Immuno-VLM [@fang2026]: prototypes of classes, {texts}, {learnt}and thresholds that "
         f"refuse {100 * config['miss']:g}% of held-out known images ({held})."
     )
-    yield f"Intervals of AUROCs are DeLong's [@delong1988]. {_EXACT}"
+    yield "Intervals of AUROCs are DeLong's [@delong1988]."
+    yield from _counting_once(config)
 
 
 _KINDS: dict[str, Callable[[Manifest], Iterator[str]]] = {

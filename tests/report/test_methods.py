@@ -99,6 +99,17 @@ def test_how_a_random_model_was_asked_is_said_also_where_no_setting_told_it() ->
     assert "in the majority of 9 fresh draws." in told
 
 
+@pytest.mark.parametrize(
+    ("name", "said"), [("immunize", "Copies of one drawing count as one"), ("attack", "count every image")]
+)
+def test_whether_copies_count_is_said_where_there_are_any(name: str, said: str) -> None:
+    made = manifest(name)
+    made["config"]["data"] = "emoji?split=test"
+    assert said in methods_of(made).text
+    made["config"]["data"] = "imagefolder:photos"
+    assert said not in methods_of(made).text
+
+
 def test_names_from_outside_are_no_citations_and_no_commands() -> None:
     config = JUDGED["config"] | {"model": "[@nobody] \\input{x} \x1b[2J", "data": "50%_[@a; @b]"}  # type: ignore[operator]
     made = methods_of({"kind": "judge", "config": config})
