@@ -231,7 +231,7 @@ class TargetedAPGD(APGD):
         """Return the state after one more step of the walk, given up, or handed over to the iterations."""
         x0, x = state["x0"], state["x"]
         moved, distance = boundary_step(x0, x, loss, grad, threat.norm)
-        state = learn(state, distance, lengths(x - x0, threat.norm), loss > 0)
+        state = learn(state, distance, lengths(x - x0, threat.norm), loss)
         close = (step >= FIRST_CLOSE) & (reach(state) <= CLOSE * threat.eps)
         # Outside the ball the model may break down; the iterations, which stay inside, go on from there.
         lost = ~loss.isfinite()
@@ -240,7 +240,7 @@ class TargetedAPGD(APGD):
             "x": torch.where(per_image(over, x), state["x_before"], moved),
             _WALKING: ~over,
             "begun": torch.where(over, step + 1, state["begun"]),
-            DONE: out_of_reach(state, step, threat.eps),
+            DONE: ~lost & out_of_reach(state, step, threat.eps),
             BEYOND: torch.where(lost, 0, beyond(state, step)),
         }
 

@@ -223,8 +223,7 @@ class FAB(LaneAttack):
         state = state | {"x": torch.where(per_image(lost, x), (x0 + x) / 2, moved)}
         if not self._gives_up():
             return state
-        known = learn(state, distance, lengths(x - x0, threat.norm), loss > 0)
-        known = {key: torch.where(per_image(lost, value), state[key], value) for key, value in known.items()}
+        known = learn(state, distance, lengths(x - x0, threat.norm), loss)
         return known | {
             DONE: ~lost & out_of_reach(known, step, threat.eps),
             BEYOND: torch.where(lost, 0, beyond(known, step)),

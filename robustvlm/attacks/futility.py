@@ -53,14 +53,16 @@ def nothing_known(x0: Tensor) -> State:
     return known | {DONE: torch.zeros(1, dtype=torch.bool), BEYOND: x0.new_zeros(1)}
 
 
-def learn(state: State, distance: Tensor, length: Tensor, success: Tensor) -> State:
-    """Take in a step of the walk: distances from the linearised boundary, lengths of the points, which succeeded; [L].
+def learn(state: State, distance: Tensor, length: Tensor, loss: Tensor) -> State:
+    """Take in a step of the walk: distances from the linearised boundary, lengths of the points, their losses; [L].
 
-    Only the latest distances are kept.
+    Only the latest distances are kept. A loss that is not finite says nothing: the model may break down outside the
+    ball.
     """
+    told = loss.isfinite()
     distances = torch.cat([state["distances"][:, 1:], distance[:, None]], dim=1)
-    shortest = torch.where(success, torch.minimum(length, state["shortest"]), state["shortest"])
-    return state | {"distances": distances, "shortest": shortest}
+    shortest = torch.where(told & (loss > 0), torch.minimum(length, state["shortest"]), state["shortest"])
+    return state | {"distances": torch.where(told[:, None], distances, state["distances"]), "shortest": shortest}
 
 
 def reach(state: State) -> Tensor:
@@ -79,7 +81,7 @@ def out_of_reach(state: State, step: Tensor, eps: float) -> Tensor:
     Example:
         >>> state = nothing_known(torch.zeros(1, 2))
         >>> for _ in range(5):
-        ...     state = learn(state, torch.tensor([0.5]), torch.tensor([0.6]), torch.tensor([True]))
+        ...     state = learn(state, torch.tensor([0.5]), torch.tensor([0.6]), torch.tensor([1.0]))
         >>> [out_of_reach(state, torch.tensor([10]), eps).item() for eps in (0.1, 0.25)]
         [True, False]
     """

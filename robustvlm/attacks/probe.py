@@ -9,12 +9,9 @@ from torch import Tensor
 
 from robustvlm.attacks.objectives import objective
 from robustvlm.attacks.oracle import DRAWS_IF_RANDOM, EOT_IF_RANDOM, UPHOLDING_DRAWS, Oracle
-from robustvlm.core.batches import COUPLED, steady_sizes
+from robustvlm.core.batches import COUPLED, TRIES, steady_sizes
 from robustvlm.errors import UserError, is_out_of_memory
 from robustvlm.text import one_line
-
-# So often is a model asked again that was not seen to draw and seems to look at an image's neighbours.
-_TRIES = 4
 
 # What torch says when nothing leads from the output back to the pixels.
 _NO_GRADIENT = ("does not require grad", "not have been used in the graph")
@@ -91,7 +88,7 @@ def probe(oracle: Oracle, images: Tensor, label: Tensor) -> Probe:
     if batch > COUPLED >= repeat:
         repeat = _seldom(oracle, images, confirmed) or repeat
     rungs: tuple[int, ...] = (len(images),)
-    declared = _declared_draws(oracle.model)
+    declared = declared_draws(oracle.model)
     if finite and (repeat or declared):
         rungs = tuple(len(images) >> k for k in range(len(images).bit_length()))
     elif finite:
@@ -107,7 +104,7 @@ def probe(oracle: Oracle, images: Tensor, label: Tensor) -> Probe:
     )
 
 
-def _declared_draws(model: object) -> int:
+def declared_draws(model: object) -> int:
     """Return the most draws that a part of a model asks gradients to be averaged over; 0 where no part says so."""
     parts = model.modules() if isinstance(model, torch.nn.Module) else ()
     return max((int(getattr(part, "random_draws", 0)) for part in parts), default=0)
@@ -180,7 +177,7 @@ def row_changes(oracle: Oracle, images: Tensor) -> tuple[float, float]:
 
 def _seldom(oracle: Oracle, images: Tensor, logits: Tensor) -> float:
     """Return how far the same question moves logits in a few more tries: one that draws seldom seems to be coupled."""
-    return max(_relative_change(oracle.confirm(images), logits) for _ in range(_TRIES))
+    return max(_relative_change(oracle.confirm(images), logits) for _ in range(TRIES))
 
 
 def _neighbour_change(oracle: Oracle, images: Tensor, logits: Tensor) -> float:

@@ -18,6 +18,9 @@ COUPLED = 1e-3
 Rounding moves it by about 1e-6 between batch shapes, batch statistics by percents.
 """
 
+TRIES = 4
+"""So often is a model asked again that was not seen to draw and seems to look at an image's neighbours."""
+
 # The kernels of CPUs with AVX2 work on blocks of six rows: of six sizes in a row, some leave no rest.
 _BLOCK = 6
 

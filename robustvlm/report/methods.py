@@ -243,7 +243,7 @@ def _counting_once(config: Mapping[str, Any]) -> Iterator[str]:
     """Say what intervals are that take copies of one thing for one case, where there are any."""
     yield _EXACT
     if copies_counted(config.get("data")):
-        yield "Copies of one drawing count as one: the intervals are those of as many cases as the images are worth."
+        yield "Where the report says that copies of a drawing count as one, they are those of that many cases."
 
 
 def _judge(manifest: Manifest) -> Iterator[str]:

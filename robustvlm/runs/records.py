@@ -12,9 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict
 
-from robustvlm.core.files import first_line, read_json, replacing, require_regular
+from robustvlm.core.files import first_line, read_object, replacing, require_regular
 from robustvlm.errors import UserError, nearest
-from robustvlm.runs.manifest import NAME
+from robustvlm.runs.manifest import NAME, require_shape
 
 # What every run's summary is made of
 
@@ -78,11 +78,13 @@ class Drawn(Record):
 def read_drawn(path: Path) -> Drawn | None:
     """Return how the run of a summary asked a random model; None where there is no summary or it does not say."""
     try:
-        found = read_json(path)
+        known = read_object(path).get("drawn")
     except FileNotFoundError:
         return None
-    known = found.get("drawn") if isinstance(found, dict) else None
-    return Drawn.model_validate(known) if isinstance(known, dict) else None
+    if known is None:
+        return None
+    require_shape(Drawn, known, path)
+    return Drawn.model_validate(known)
 
 
 class Estimate(Record):

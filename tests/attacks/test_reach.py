@@ -24,7 +24,9 @@ NORMS = ["Linf", "L2"]
 def known(distances: list[float], shortest: float) -> State:
     state = nothing_known(torch.zeros(1, 3, 2, 2))
     for distance in distances:
-        state = learn(state, torch.tensor([distance]), torch.tensor([shortest]), torch.tensor([shortest < 9]))
+        state = learn(
+            state, torch.tensor([distance]), torch.tensor([shortest]), torch.tensor([1.0 if shortest < 9 else -1.0])
+        )
     return state
 
 
@@ -35,6 +37,21 @@ def test_a_class_is_given_up_only_if_all_recent_evidence_exceeds_the_factor(dist
     assert reach(state).item() == pytest.approx(least)
     given_up = out_of_reach(state, torch.tensor([step]), 0.1).item()
     assert given_up == (step >= FIRST_STEP and torch.tensor(least) > safety(torch.tensor(step)) * 0.1)
+
+
+@pytest.mark.parametrize("loss", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("name", ["apgd-t", "fab-t"])
+def test_a_point_where_the_model_breaks_down_is_no_evidence(name: str, loss: float) -> None:
+    (attack,) = parse_attacks(f"{name}:steps=40")
+    threat, x0 = ThreatModel("Linf", 0.01), torch.full((1, 3, 2, 2), 0.5)
+    state = attack.begin(x0, threat, torch.Generator(), 0) | {"x": x0 + 0.19}
+    for _ in range(5):
+        state = learn(state, torch.tensor([0.2]), torch.tensor([0.3]), torch.tensor([-1.0]))
+    after = attack.advance(state, torch.tensor([loss]), torch.ones_like(x0), torch.tensor([8]), threat)
+    assert not after[DONE].any()
+    assert not after[BEYOND].any()
+    assert not after["shortest"].isfinite().any()
+    assert torch.equal(after["distances"], state["distances"])
 
 
 def test_a_boundary_never_crossed_is_never_out_of_reach():

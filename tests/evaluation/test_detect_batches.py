@@ -113,7 +113,7 @@ def test_memory_that_runs_out_later_costs_smaller_batches_of_the_same_bits() -> 
     assert seen == [12, 12, 6]
 
 
-@pytest.mark.parametrize("model", ["Random", "Coin"])
+@pytest.mark.parametrize("model", ["Random", "Coin", "Gated"])
 def test_a_random_model_draws_for_each_image_whatever_its_batch(detect_run: DetectRun, model: str) -> None:
     found = []
     for batch_size in (1, 5, 64):

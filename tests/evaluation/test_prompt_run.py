@@ -134,10 +134,10 @@ def test_lapt_learns_words_beside_the_classes(
     assert any(
         note.startswith("1 words that name what the unknown sets show were left out: music") for note in record.notes
     )
-    with pytest.raises(UserError, match="lapt has no energy terms: leave out ebm"):
+    with pytest.raises(UserError, match="ebm is of energy terms, which lapt has none of"):
         prepare(lapt=True, ebm=False)
     for name, value in (("lambda_ebm", 3.0), ("c", 7)):
-        with pytest.raises(UserError, match=f"lapt has no energy terms: leave out {name}"):
+        with pytest.raises(UserError, match=f"{name} is of energy terms, which lapt has none of"):
             prepare(lapt=True, **{name: value})
     spec, kept = str(run.folder.path), load_file(run.folder.path / "prompts.safetensors")
     classifier = load_classifier(spec, NAMES, ["a {}"])

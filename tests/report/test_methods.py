@@ -22,7 +22,7 @@ from robustvlm.report.repeat import repeatable
 from robustvlm.report.sections import Checks, Facts, Report, Section
 from robustvlm.report.sources import OF, named_in, papers
 from robustvlm.report.words import finding
-from robustvlm.runs.records import Drawn
+from robustvlm.runs.records import Drawn, read_drawn
 
 BEFORE = Path(__file__).parents[1] / "pins" / "before"
 KINDS = ("attack", "certify", "recertify", "detect", "finetune", "purify", "immunize")
@@ -99,8 +99,18 @@ def test_how_a_random_model_was_asked_is_said_also_where_no_setting_told_it() ->
     assert "in the majority of 9 fresh draws." in told
 
 
+def test_a_summary_of_another_form_is_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "summary.json"
+    assert read_drawn(path) is None
+    path.write_text('{"drawn": null}')
+    assert read_drawn(path) is None
+    path.write_text('{"drawn": {"eot": 10}}')
+    with pytest.raises(UserError, match="is damaged"):
+        read_drawn(path)
+
+
 @pytest.mark.parametrize(
-    ("name", "said"), [("immunize", "Copies of one drawing count as one"), ("attack", "count every image")]
+    ("name", "said"), [("immunize", "copies of a drawing count as one"), ("attack", "count every image")]
 )
 def test_whether_copies_count_is_said_where_there_are_any(name: str, said: str) -> None:
     made = manifest(name)

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from robustvlm.attacks.probe import declared_draws
 from robustvlm.core import batches, framing, object_graph, seeds
 from robustvlm.core.files import first_line, parse_json, replacing, require_regular
 from robustvlm.data.source import DataSource, Sample, Unreadable, select
@@ -156,13 +157,21 @@ class Answers:
         self._asked = True
 
     def _question(self, noise: Tensor) -> None:
+        self._random = declared_draws(self.classifier) > 0  # which noise need not show
+        if self._random:
+            return
         first, again = self._rows(noise), self._rows(noise)
         if not all(map(torch.equal, first, again)):
             self._random = _change(again, first) > batches.COUPLED
             return
         others = noise.flip(0) * 0.5
         others[-1] = noise[0]  # moving it shows what looks at earlier rows
-        self._require_independent([new[-1:] for new in self._rows(others)], first)
+        alone = [new[-1:] for new in self._rows(others)]
+        if _change(alone, [rows[:1] for rows in first], by=first) > batches.COUPLED:  # or it draws, and seldom
+            self._random = any(_change(self._rows(noise), first) > batches.COUPLED for _ in range(batches.TRIES))
+            if self._random:
+                return
+        self._require_independent(alone, first)
         self._sizes, self._steady = batches.steady_sizes(lambda rows: self._rows(noise[rows]), len(noise), first), True
 
     def _rows(self, pixels: Tensor) -> list[Tensor]:

@@ -76,9 +76,7 @@ class PromptSettings(Settings):
         if self.words is not None and not self.lapt:
             raise UserError(f"{setting('words')} are for {setting('lapt')}: pass both")
         if self.lapt:
-            for name in ("ebm", "lambda_ebm", "c"):
-                if getattr(self, name) != type(self).model_fields[name].default:
-                    raise UserError(f"{setting('lapt')} has no energy terms: leave out {setting(name)}")
+            self.require_usual(("ebm", "lambda_ebm", "c"), f"is of energy terms, which {setting('lapt')} has none of")
         if not self.ebm:
             self.require_usual(("lambda_ebm",), "is the weight of the EBM terms, and there are none: leave it out")
         return self
