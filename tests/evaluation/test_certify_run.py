@@ -188,8 +188,9 @@ def test_an_encoder_that_mixes_images_is_refused(make_folder: MakeFolder) -> Non
         prepared(make_folder(2), "Coupled").summary()
 
 
-def test_a_random_encoder_is_certified_with_a_warning(make_folder: MakeFolder) -> None:
-    summary = prepared(make_folder(2), "Random", claim="feature").summary()
+@pytest.mark.parametrize("model", ["Random", "Gated"])
+def test_a_random_encoder_is_certified_with_a_warning(make_folder: MakeFolder, model: str) -> None:
+    summary = prepared(make_folder(2), model, claim="feature").summary()
     assert [check.name for check in summary.checks] == ["random encoder"]
 
 

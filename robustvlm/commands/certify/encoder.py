@@ -17,6 +17,7 @@ from safetensors.numpy import save
 from torch import Tensor
 
 from robustvlm.attacks.oracle import PRECISIONS
+from robustvlm.attacks.probe import declared_draws
 from robustvlm.certify import Job
 from robustvlm.certify.certifier import Stage
 from robustvlm.certify.threats import Noise
@@ -291,8 +292,11 @@ def _questions(encoder: NoisyEncoder, noisy: Tensor, checks: list[Check], *, mod
     _wait(encoder)
     rate = len(noisy) / max(time.perf_counter() - began, 1e-9)
     found = list(checks)
-    if _change(again, first) > COUPLED:
-        found.append(_random(encoder, noisy, model=model))
+    shown = _change(again, first) > COUPLED
+    if shown:
+        _require_fresh(encoder, noisy, model=model)
+    if shown or declared_draws(encoder.vlm) > 0:  # which the first images need not show
+        found.append(_RANDOM)
         return Probed((len(noisy),), first.shape[1], rate, tuple(found), random=True)
     if len(noisy) > 1 and _change(encoder(_among_others(noisy))[-1:], first[:1]) > COUPLED:
         raise UserError(
@@ -314,21 +318,23 @@ def same_bits(encoder: NoisyEncoder, noisy: Tensor) -> bool:
     return same and torch.equal(encoder(noisy), first)
 
 
-def _random(encoder: NoisyEncoder, noisy: Tensor, *, model: str) -> Check:
-    """Return what there is to say of an encoder that draws at random; refuse one whose rows depend on each other."""
+_RANDOM = Check(
+    name="random encoder",
+    level="warning",
+    message="The encoder gives different features for the same image. Certificates are then about its mean over "
+    "noise and its own draws, and hold only if these are fresh and independent for every image of every call and "
+    "their law does not depend on the image. A test on one image found nothing against it, which is no proof.",
+)
+
+
+def _require_fresh(encoder: NoisyEncoder, noisy: Tensor, *, model: str) -> None:
+    """Refuse an encoder that draws at random, and whose rows depend on each other."""
     dependence = find_dependence(encoder, noisy)
     if dependence is not None:
         raise UserError(
             f"model '{model}' {dependence}: certificates count noisy copies as independent, so draw anew for every "
             "image of every call, as torch.randn_like(pixels) does, and use no statistics of the batch"
         )
-    return Check(
-        name="random encoder",
-        level="warning",
-        message="The encoder gives different features for the same image. Certificates are then about its mean over "
-        "noise and its own draws, and hold only if these are fresh and independent for every image of every call and "
-        "their law does not depend on the image. A test on one image found nothing against it, which is no proof.",
-    )
 
 
 def _among_others(noisy: Tensor) -> Tensor:
