@@ -178,7 +178,7 @@ def _against_none(found: ModelJudgement) -> str:
     base = test.both + test.only_second
     clear = p < _CLEARLY
     if test.only_first == test.only_second == 0:
-        how = f"the same {base} images as without it"
+        how = "as many as without it"
     elif not clear:
         how = f"no clear difference to the {base} without it (p = {p:.2g})"
     else:
