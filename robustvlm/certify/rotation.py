@@ -32,7 +32,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from robustvlm.certify.threats.rotation import margin_of, offsets, places, rotate
+from robustvlm.certify.threats.plane import margin_of, offsets, places, rotate
 from robustvlm.errors import UserError
 
 _FINE = 0.0625

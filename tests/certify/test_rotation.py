@@ -20,7 +20,7 @@ from robustvlm.certify.claims.rotation import RotationRadius
 from robustvlm.certify.engine import Encode, Job, Sampled, SamplingEngine
 from robustvlm.certify.rotation import Cell, cells, lipschitz, rounding
 from robustvlm.certify.threats import find_threat, read_noise
-from robustvlm.certify.threats.rotation import rotate
+from robustvlm.certify.threats.plane import rotate
 from robustvlm.defenses import smooth
 from robustvlm.errors import UserError
 from robustvlm.models import load_model

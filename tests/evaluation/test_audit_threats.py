@@ -18,7 +18,7 @@ from torch import Tensor
 from robustvlm.certify.claims.class_ import ClassQuantity
 from robustvlm.certify.claims.vote import VoteQuantity
 from robustvlm.certify.threats import THREATS, Ellipsoid, Move, Rotation, find_threat, read_noise
-from robustvlm.certify.threats.rotation import rotate
+from robustvlm.certify.threats.plane import rotate
 from robustvlm.commands.certify.audit_balls import Ball, EllipsoidBall, L1Ball, WholeBall
 from robustvlm.commands.certify.audit_moves import audit_moves
 from robustvlm.commands.certify.audit_search import Effort, Finding, Target, audit_image, gradient

@@ -20,7 +20,7 @@ from robustvlm.certify.limits import best_vote_radius
 from robustvlm.certify.means import clopper_pearson_lower
 from robustvlm.certify.normal import Array
 from robustvlm.certify.rotation import Cell, cells, rounding
-from robustvlm.certify.threats.rotation import rotate
+from robustvlm.certify.threats.plane import rotate
 
 COPIES = (32, 64, 128, 256)
 """Numbers of copies at each angle that the pilot chooses from."""

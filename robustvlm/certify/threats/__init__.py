@@ -10,8 +10,7 @@ from robustvlm.certify.threats.ellipsoids import Ellipsoid, Pixels, Spectrum
 from robustvlm.certify.threats.integers import Integers
 from robustvlm.certify.threats.light import Brightness, Colour, Contrast, Gamma, Light
 from robustvlm.certify.threats.pixels import L1, L2
-from robustvlm.certify.threats.rotation import Rotation
-from robustvlm.certify.threats.translation import Translation
+from robustvlm.certify.threats.plane import Rotation, Translation
 from robustvlm.core import PLAIN
 from robustvlm.errors import UserError, nearest
 
