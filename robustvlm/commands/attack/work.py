@@ -31,7 +31,7 @@ from robustvlm.core.size import Size, area, sides, size_text
 from robustvlm.data import DataSource, open_data
 from robustvlm.defenses import Classifier, load_classifier
 from robustvlm.defenses.own import load_own
-from robustvlm.errors import BadSetting, UserError, nearest
+from robustvlm.errors import BadSetting, UserError, nearest, setting
 from robustvlm.runs.manifest import Manifest
 from robustvlm.runs.records import Check, Estimate, write_rows
 from robustvlm.runs.run import Facts, Session
@@ -177,6 +177,8 @@ def open_work(settings: AttackSettings) -> AttackWork:
     device = str(device_of_rank(resolve_device(settings.device), current_ranks()))
     _check_precision(settings.precision)
     check_goal(settings.goal, settings.min_cos)
+    if settings.goal.split(":")[0].strip() in set(goals.GOALS) - {"feature"}:  # a goal of one's own may read it
+        settings.require_usual(("min_cos",), f"is for {setting('goal', 'feature')}: leave it out")
     source = _source(settings)
     classifier = _classifier(settings.model, source, device)
     size = _resolution(settings.resolution, classifier)

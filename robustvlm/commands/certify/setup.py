@@ -120,6 +120,8 @@ def check(settings: CertifySettings) -> None:
     if settings.gallery is not None and claim is not RECALL:
         raise UserError(f"{setting('gallery')} is for {setting('claim', RECALL.name)}")
     claim.check(settings, refuses=made is not None and made.refuses)
+    unread = tuple(name for name in ("min_cos", "top", "weight") if name not in claim.options)
+    settings.require_usual(unread, f"is not read by the claim '{claim.name}': leave it out")
     if settings.cache not in (None, "float16", "float32"):
         raise BadSetting("cache", "keeps float16 or float32", got=f"'{settings.cache}'")
     if settings.cache is not None and claim.head == "votes":
