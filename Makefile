@@ -4,6 +4,7 @@
 # For those who change the program (each takes long):
 #   make test-slow    the heavier tests
 #   make test-matrix  the tests with the oldest and the newest releases of torch and the rest; equality tests on every CPU
+#   make coverage     which lines and branches the tests run, in the terminal and in htmlcov/
 #   make docs         run the tutorials as notebooks, compare what their pages show, build the docs site into site/
 #   make packaging    build wheel and sdist, look into them, resolve all extras together, try the wheel in an environment
 #   make release      the same, the wheel tried on Python 3.10 to 3.13 (those that are found)
@@ -19,7 +20,7 @@ WORKERS ?= 2
 OLDEST_PYTHON ?= python3.10
 NEWEST_PYTHON ?= $(PYTHON)
 
-.PHONY: demo test test-slow test-matrix test-oldest test-newest test-equality packaging release upload torture docs format clean
+.PHONY: demo test test-slow coverage test-matrix test-oldest test-newest test-equality packaging release upload torture docs format clean
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/.installed
@@ -34,6 +35,11 @@ test: $(VENV)/.installed-test
 
 test-slow: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n $(WORKERS) -q -m slow
+
+coverage: $(VENV)/.installed-test
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check pytest-cov
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n $(WORKERS) -q --cov=robustvlm --cov-branch \
+		--cov-report=term:skip-covered --cov-report=html
 
 test-matrix: test-oldest test-newest test-equality
 
