@@ -16,6 +16,7 @@ from robustvlm.errors import UserError
 from robustvlm.report.copies import latex_words
 from robustvlm.report.sources import bibliography, cited, named_in, of, papers
 from robustvlm.report.words import copies_counted, count_of, norm_name, plain
+from robustvlm.runs.manifest import trained_on_attacks
 from robustvlm.runs.records import Drawn
 from robustvlm.runs.tools import versions_of
 
@@ -132,7 +133,8 @@ def _listed(words: Iterable[str]) -> str:
 
 def _subject(kind: str, manifest: Manifest) -> Iterator[str]:
     config, model, data = manifest["config"], manifest.get("model") or {}, manifest.get("data") or {}
-    verb = {"finetune": "fine-tuned", "purify": "trained a purifier for", "immunize": "immunised"}.get(
+    trained = "mapper of features" if _mapper_alone(config) else "purifier"
+    verb = {"finetune": "fine-tuned", "purify": f"trained a {trained} for", "immunize": "immunised"}.get(
         kind, "evaluated"
     )
     size = model.get("image_size")
@@ -412,13 +414,16 @@ def _finetune(manifest: Manifest) -> Iterator[str]:
     trained = "all weights of the vision tower" if part == "all" else f"{plain(part, 40)} of the vision tower"
     trained += _cite(of("trainable", part))
     yield f"The method was {plain(method, 60)}{_cite(of('method', method))}; trained were {trained}."
-    if config.get("inner_steps") and method != "clean":
+    if config.get("inner_steps") and trained_on_attacks(manifest):
         yield (
             f"Training images were attacked by PGD [@madry2018] with {count_of(config['inner_steps'], 'steps')} and "
             f"{_ball(config['norm'], [config['eps_text']])}, pixels in [0, 1]."
         )
     yield _optimiser(config)
-    yield "The weights with the best validation were kept; what they reach there is no estimate of robustness."
+    yield (
+        "The weights with the best validation were kept, without labels to validate by the last; what they reach there "
+        "is no estimate of robustness."
+    )
 
 
 def _optimiser(config: Manifest) -> str:
@@ -434,12 +439,13 @@ def _optimiser(config: Manifest) -> str:
 def _purify(manifest: Manifest) -> Iterator[str]:
     config = manifest["config"]
     sigmas = _listed(f"{one:g}" for one in config["sigma"])
-    only = config.get("only")
-    parts = {"mapper": "the mapper of features", "purifier": "the purifier of pixels"}.get(
-        str(only), "purifier and mapper"
-    )
-    yield f"Following feature-space smoothing [@xia2026], we trained {parts} for Gaussian noise {sigmas}."
-    if only != "mapper":
+    only, mapper_alone = config.get("only"), _mapper_alone(config)
+    parts = "the purifier of pixels" if only == "purifier" else "purifier and mapper"
+    parts = "the mapper of features" if mapper_alone else parts
+    if config.get("denoiser") and mapper_alone:
+        parts += f" behind the denoiser {plain(config['denoiser'], 80)}, which is not ours"
+    yield f"Following feature-space smoothing [@xia2026], we trained {parts}, for Gaussian noise {sigmas}."
+    if not mapper_alone:
         if config.get("eps"):
             steps = count_of(config.get("inner_steps") or 3, "steps")
             ball = _ball(str(config.get("norm") or "Linf"), [config["eps"]])
@@ -450,6 +456,11 @@ def _purify(manifest: Manifest) -> Iterator[str]:
         yield f"{_optimiser(config)} Noise levels and preconditioning follow the EDM design [@karras2022]."
     if only != "purifier":
         yield f"The mapper was trained for {config['mapper_steps']:,} steps with learning rate {config['mapper_lr']:g}."
+
+
+def _mapper_alone(config: Manifest) -> bool:
+    """Whether a purifying run trained no purifier: none was asked for, or a denoiser of others stands in its place."""
+    return config.get("only") == "mapper" or bool(config.get("denoiser"))
 
 
 def _immunize(manifest: Manifest) -> Iterator[str]:

@@ -22,6 +22,7 @@ from robustvlm.report.words import (
     plain,
     sentence,
 )
+from robustvlm.runs.manifest import trained_on_attacks
 from robustvlm.runs.run import FinishedRun, manifest_of, read_finished
 from robustvlm.runs.settings import Observer
 from robustvlm.stats import Mean, Rate
@@ -109,7 +110,7 @@ def training_report(run: FinishedRun[TrainingSummary]) -> doc.Report:
     """Return all that is said of a training run."""
     summary, history, config = run.summary, run.summary.history, run.manifest["config"]
     inner: list[doc.Inline] = []
-    if "eps_text" in config:
+    if "eps_text" in config and trained_on_attacks(run.manifest):
         radius = f"{norm_name(config['norm'])} {plain(config['eps_text'], 20)}"
         inner = [f", inner attack {radius}, {config['inner_steps']} steps"]
     purpose = "" if history.best_step is None else " for choosing weights"

@@ -100,6 +100,19 @@ def kind_of_run(folder: Path) -> str | None:
     return kind if isinstance(kind, str) else None
 
 
+def trained_on_attacks(manifest: Mapping[str, Any]) -> bool:
+    """Whether the images that a run trained on were attacked, by the attack of its settings.
+
+    Example:
+        >>> trained_on_attacks({"kind": "finetune", "config": {"method": "clean", "inner_steps": 3}})
+        False
+    """
+    config = manifest.get("config") or {}
+    if manifest.get("kind") == "finetune":
+        return bool(manifest.get("attacked", config.get("method") != "clean"))
+    return manifest.get("kind") == "purify" and config.get("eps") is not None
+
+
 def run_identity(manifest: Manifest) -> str | None:
     """Return a digest of all that makes a run this one; its journals and results carry it.
 

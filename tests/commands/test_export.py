@@ -286,6 +286,35 @@ def test_a_card_says_how_a_model_was_trained(
         assert wanted in body
 
 
+def test_a_card_claims_no_attack_that_nobody_made(
+    tmp_path: Path, photos: str, monkeypatch: pytest.MonkeyPatch, save: Callable[..., Path]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for number, image in enumerate(pictures(24)):
+        image.save(tmp_path / "photos" / ("cat", "dog")[number % 2] / f"more{number}.png")
+    base = str(save())
+    rv.finetune(base, data=photos, method="clean", steps=1, batch_size=2, val_steps=3, name="control")
+    rv.soup([base, base], name="mean")
+    rv.soup([base, base], val=photos, method="greedy", val_steps=2, name="chosen")
+    export("runs/control", tmp_path / "control")
+    matter, body = card_of(tmp_path / "control")
+    assert "adversarial-robustness" not in matter["tags"]
+    assert "attack in training" not in body
+    assert "| norm of the attack that validated | Linf |" in body
+    assert "| its steps | 3 |" in body
+    assert "inner attack" not in (tmp_path / "runs" / "control" / "report.html").read_text("utf-8")
+    export("runs/mean", tmp_path / "mean")
+    body = card_of(tmp_path / "mean")[1]
+    assert "| method | uniform |" in body
+    for wrong in ("norm of", "its radius", "images used", "chosen by"):
+        assert wrong not in body
+    export("runs/chosen", tmp_path / "chosen")
+    body = card_of(tmp_path / "chosen")[1]
+    assert "| data it was measured on |" in body
+    assert "| norm of the attack that validated | Linf |" in body
+    assert "| chosen by | robust |" in body
+
+
 def test_text_from_outside_stays_text(tmp_path: Path) -> None:
     assert text("# a\n| b [c](d) <img> **e**") == r"\# a \| b \[c\]\(d\) &lt;img&gt; \*\*e\*\*"
     assert code("a ``` b") == "```` a ``` b ````"

@@ -188,3 +188,29 @@ def test_a_run_of_another_version_has_a_report_all_the_same() -> None:
 def test_corruptions_are_those_that_were_asked_for(asked: str, said: str) -> None:
     (found,) = _corruptions({"config": {"corrupt": written(parse_corruptions(asked))}})
     assert said in found
+
+
+@pytest.mark.parametrize(
+    ("given", "said", "unsaid"),
+    [
+        ({"only": "mapper"}, "trained a mapper of features for", "the EDM design"),
+        ({"denoiser": "mine:make"}, "behind the denoiser mine:make, which is not ours", "the EDM design"),
+        ({"only": "purifier"}, "we trained the purifier of pixels", "The mapper was trained"),
+        ({}, "we trained purifier and mapper", "not ours"),
+    ],
+)
+def test_only_what_was_trained_of_a_purifier_is_said_to_be(given: dict[str, str], said: str, unsaid: str) -> None:
+    made = manifest("purify")
+    made["config"] |= {"only": None, "denoiser": None} | given
+    text = methods_of(made).text
+    assert said in text
+    assert unsaid not in text
+
+
+def test_attacks_in_training_are_told_of_methods_that_make_them() -> None:
+    made = manifest("finetune")
+    made["config"] |= {"method": "tecoa", "inner_steps": 3}
+    assert "attacked by PGD" in methods_of(made).text
+    assert "attacked by PGD" not in methods_of({**made, "attacked": False}).text  # a method of one's own
+    made["config"] |= {"method": "clean"}
+    assert "attacked by PGD" not in methods_of(made).text

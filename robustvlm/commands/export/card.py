@@ -23,7 +23,7 @@ from robustvlm.models import VLM, export, saved, transformers_files, zoo
 from robustvlm.models.transformers_vlm import TowerVLM, TransformersVLM
 from robustvlm.models.weights import stored_weights
 from robustvlm.report.words import ball, count_of, interval, percent, plain
-from robustvlm.runs.manifest import kind_of_run, read_manifest
+from robustvlm.runs.manifest import kind_of_run, read_manifest, trained_on_attacks
 from robustvlm.runs.run import FinishedRun
 from robustvlm.runs.tools import versions_of
 from robustvlm.stats import Rate
@@ -304,11 +304,10 @@ def block(lines: str, language: str = "") -> str:
 
 # The card
 
+_ATTACK = {"norm": "norm of the attack in training", "eps_text": "its radius", "inner_steps": "its steps"}
+_MEASURED = {"norm": "norm of the attack that validated", "eps_text": "its radius", "val_steps": "its steps"}
 _SETTINGS = {
     "method": "method",
-    "norm": "norm of the attack in training",
-    "eps_text": "its radius",
-    "inner_steps": "its steps",
     "data": "data",
     "val": "validation data",
     "limit": "images used, at most",
@@ -358,7 +357,7 @@ def _front_matter(chain: Sequence[Origin], to: str, licence: str | None, *, towe
     if place != root and re.fullmatch(r"[\w.-]+/[\w.-]+", place) and not os.path.isdir(place):
         lines.append(f"base_model: {json.dumps(place)}")
     tags = ["robustvlm"] if tower else ["clip", "zero-shot-image-classification", "robustvlm"]
-    trained = any(one.manifest and one.manifest.get("kind") == "finetune" for one in chain)
+    trained = any(one.manifest and trained_on_attacks(one.manifest) for one in chain)
     tags += ["adversarial-robustness"] if trained or root in zoo.ADVERSARIALLY_TRAINED else []
     return "\n".join(["---", *lines, "tags:", *(f"- {tag}" for tag in tags), "---"])
 
@@ -420,7 +419,7 @@ def _how(chain: Sequence[Origin]) -> Iterator[str]:
         known = {**config, **({"data": data} if data else {})}
         rows = [
             f"| {label} | {_cell(known[name])} |"
-            for name, label in _SETTINGS.items()
+            for name, label in _labels(origin.manifest).items()
             if known.get(name) not in (None, "", [])
         ]
         versions = " and ".join(text(one) for one in versions_of(origin.manifest, "robustvlm"))
@@ -428,6 +427,21 @@ def _how(chain: Sequence[Origin]) -> Iterator[str]:
         yield block(plain(origin.manifest.get("command", ""), 2000))
         if rows:
             yield "\n".join(["| setting | value |", "|---|---|", *rows])
+
+
+def _labels(manifest: Mapping[str, Any]) -> dict[str, str]:
+    """Return the settings that had a part in how the weights came about, and what a reader knows them by."""
+    config, labels = manifest.get("config") or {}, dict(_SETTINGS)
+    if trained_on_attacks(manifest):
+        return labels | _ATTACK
+    if manifest.get("kind") != "soup":
+        return labels | _MEASURED
+    if config.get("method") != "greedy":
+        del labels["by"]
+    if config.get("data") is None:  # a mean of weights alone, which no image was asked of
+        del labels["limit"]
+        return labels
+    return labels | _MEASURED | {"data": "data it was measured on"}
 
 
 def _cell(value: Any) -> str:

@@ -207,8 +207,9 @@ def open_work(settings: FinetuneSettings) -> FinetuneWork:
     model, data = facts_of(vlm), describe_data(source)
     if val is not None:
         data |= {"val": describe_data(val)}
-    if loss := methods.find_method(settings.method).loss:
-        model |= {"loss": loss}
+    method = methods.find_method(settings.method)
+    if method.loss:
+        model |= {"loss": method.loss}
     if teacher is not None:
         require_texts(teacher, "teaching")
         model |= {"teacher": teacher.fingerprint}
@@ -221,6 +222,7 @@ def open_work(settings: FinetuneSettings) -> FinetuneWork:
         data,
         probe=probe_of(vlm, source.class_names, source.templates),
         remarks=[*remarks_of(source, vlm), *remarks_on(settings.model, val, settings.val_limit)],
+        more={} if method.attacked else {"attacked": False},
     )
     return FinetuneWork(facts, settings, tuning, training, source, val, forest, vlm, teacher)
 
