@@ -23,6 +23,7 @@ from robustvlm.commands.judge.record import Judgement, ModelJudgement
 from robustvlm.core.files import read_text, write_text
 from robustvlm.errors import UserError, nearest
 from robustvlm.report.words import interval, percent
+from robustvlm.runs.tools import sessions_of
 from robustvlm.stats import holm
 
 
@@ -72,6 +73,9 @@ def judge(base: str, data: str | None, label: str, group: str, eps: str, *, limi
         name=name,
         data=data or "emoji",
     )
+    if len(made := sessions_of(found.manifest)) > 1:
+        commits = " and ".join(str(one["git_commit"])[:8] for one in made)
+        raise UserError(f"the run '{found.folder}' was made by several versions, {commits}: delete it and begin anew")
     write_text(out / f"{name}.json", found.summary.model_dump_json(indent=1) + "\n")
 
 
