@@ -31,6 +31,7 @@ from robustvlm.errors import UserError
 from robustvlm.models.saved import read_card
 from robustvlm.runs.run import Run
 from robustvlm.runs.settings import Observer
+from robustvlm.stats import rate
 
 NAMES = ["cat", "dog", "fox"]
 
@@ -245,6 +246,15 @@ def test_copies_of_drawings_that_taught_are_left_out() -> None:
         "3 images of --val taught the prompts and were left out",
         "3 images of --val are copies of images that taught the prompts and were left out",
     ]
+
+
+def test_copies_of_a_drawing_count_once_in_the_accuracy(prepare: Callable[..., Run]) -> None:
+    work = prepare(data="emoji?split=train&styles=noto&copies=1").work
+    count = len(work.source.class_names)
+    labels = torch.arange(12) // 4  # four copies of each of three drawings
+    texts = torch.eye(count)
+    seen = Features(texts[labels], labels, tuple(map(str, range(12))), tuple(str(n // 4) for n in range(12)))
+    assert work._measures(seen, {}, texts).accuracy == rate(12, 12, independent=3)
 
 
 def test_names_of_classes_are_those_of_the_validation_images_too(

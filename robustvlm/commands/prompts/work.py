@@ -36,7 +36,7 @@ from robustvlm.report.training import counted
 from robustvlm.report.words import finding
 from robustvlm.runs.run import Facts, FinishedRun, Session, read_finished
 from robustvlm.runs.settings import Observer
-from robustvlm.stats import Rate, rate
+from robustvlm.stats import Rate, rate, worth_of
 from robustvlm.text import without_secrets
 
 NAME = "prompts.json"
@@ -210,7 +210,9 @@ class PromptWork:
             against = self._scores(other, texts)
             interval = auroc_interval(scores, against, known_groups=groups, unknown_groups=other.groups)
             found[spec] = [interval.value, interval.low, interval.high]
-        return PromptMeasures(accuracy=rate(int(hits.sum()), len(hits)), auroc=found or None)
+        return PromptMeasures(
+            accuracy=rate(int(hits.sum()), len(hits), independent=worth_of(groups)), auroc=found or None
+        )
 
     def _scores(self, images: Features, texts: Tensor) -> Any:
         scale, count = self.vlm.logit_scale, len(self.source.class_names)
