@@ -231,6 +231,16 @@ def draw_sprite(data: bytes, image_id: str) -> Image.Image:
     return Image.fromarray((pixels * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous().numpy())
 
 
+def drawing_of(image_id: str) -> str:
+    """Return the id of the drawing that an image is a copy of.
+
+    Example:
+        >>> drawing_of("emoji/noto/1f600/3")
+        'emoji/noto/1f600'
+    """
+    return image_id.rpartition("/")[0]
+
+
 class EmojiSource(DataSource):
     """The bundled benchmark; 64x64 pictures with ids such as `emoji/twemoji/1f436/0` (style, code points, copy).
 
@@ -293,7 +303,7 @@ class EmojiSource(DataSource):
 
     def group(self, image_id: str) -> str:
         """Return the drawing that an image is made of: its copies stand and fall together."""
-        return image_id.rpartition("/")[0]
+        return drawing_of(image_id)
 
     def things(self) -> tuple[str, ...]:
         """Return the names of the drawings of the split."""

@@ -21,9 +21,11 @@ from robustvlm.commands.evaluate.beside import evenness, table, write_beside
 from robustvlm.commands.evaluate.corrupted import Answer, blocks, measured
 from robustvlm.commands.evaluate.measures import macro_std
 from robustvlm.commands.evaluate.record import ImageRow
+from robustvlm.commands.evaluate.view import spread_cells
 from robustvlm.commands.index import batch_of
 from robustvlm.core.framing import to_pixels
 from robustvlm.data.corruptions import parse_corruptions, weights_of
+from robustvlm.data.splits import group_of
 from robustvlm.defenses import load_classifier
 from robustvlm.errors import UserError
 from robustvlm.report import sections as doc
@@ -231,6 +233,7 @@ def test_clean_corrupted_and_attacked_stand_in_one_report(tmp_path: Path, monkey
     (said,) = evenness(on_data(run, elsewhere), [changed])
     assert isinstance(said, doc.Text)
     assert "other images or labels were attacked" in str(said.line)
+    assert group_of("emoji?copies=1")("emoji/noto/a/3") == group_of("emoji")("emoji/noto/a/2") == "emoji/noto/a"
     fewer = rv.evaluate("tiny", **few | {"limit": 3})
     assert "The runs saw different images" in str(table(fewer, [rv.open_run(attack.folder)]).caption)  # type: ignore[list-item]
     templates = tmp_path / "templates.txt"
@@ -243,3 +246,29 @@ def test_clean_corrupted_and_attacked_stand_in_one_report(tmp_path: Path, monkey
         write_beside([other.folder, attack.folder])
     with pytest.raises(UserError, match=r"evaluate.*attack"):
         write_beside([run.folder, other.folder])
+
+
+def test_attacked_rows_count_copies_of_a_drawing_once_as_the_others_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = {"data": "emoji?split=train&copies=20", "limit": 100, "out": tmp_path} | CPU
+    for kind in ("evaluate", "attack"):
+        monkeypatch.setattr(f"robustvlm.commands.{kind}.work.write_report", lambda folder: folder)
+    run = rv.evaluate("tiny", **few)
+    attack = rv.open_run(rv.attack("tiny", attack="pgd:steps=1", eps="0.1/255", checks="none", **few).folder)
+    assert run.worth is not None
+    assert run.worth < 90
+    shown = table(run, [attack])  # type: ignore[list-item]
+    clean, attacked = (row[1] for row in shown.rows)
+    robust = attack.summary.per_eps[0].robust_accuracy  # type: ignore[union-attr]
+    expected = doc.Measure.of(rate(robust.successes, robust.total, independent=run.worth))
+    assert (clean, attacked) == (doc.Measure.of(run.accuracy), expected)
+    assert attacked != doc.Measure.of(robust)
+    spread = next(evenness(run, [attack]))  # type: ignore[list-item]
+    (of_run,) = (one for one in run.unevenness if one.by == "subgroups")
+    assert spread.rows[0][1:4] == spread_cells(  # type: ignore[union-attr]
+        of_run.value, of_run.low, of_run.high, of_run.by_chance, of_run.p_value
+    )
+    untold = on_data(attack, {"spec": "mine:source"})
+    assert "one by one" in str(table(run, [untold]).caption)
+    assert "one by one" not in str(shown.caption)

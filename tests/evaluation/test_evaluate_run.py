@@ -28,9 +28,10 @@ from robustvlm.commands.evaluate.measures import (
     places,
     retrieval_places,
 )
-from robustvlm.commands.evaluate.record import ImageRow, measured, recalls
+from robustvlm.commands.evaluate.record import ImageRow, measured, recalls, uneven
 from robustvlm.core.framing import to_pixels
 from robustvlm.data.labels import captions_of
+from robustvlm.data.trees import Tree
 from robustvlm.errors import UserError
 from robustvlm.models import VLM
 from robustvlm.stats import rate
@@ -95,7 +96,7 @@ def test_retrieval_is_that_of_others(seed: int, count: int, most: int) -> None:
     images = torch.nn.functional.normalize(torch.randn(count, 6, generator=random), dim=1)
     noise = torch.randn(len(owner), 6, generator=random)
     texts = torch.nn.functional.normalize(images[owner] + 0.7 * noise, dim=1)
-    found = recalls(*retrieval_places(images, texts, owner))
+    found = recalls(*retrieval_places(images, texts, owner), owner)
     for k in (1, 5, 10):
         text, image = clip_benchmark(images, texts, owner, k)
         assert found.text[k].value == pytest.approx(text)
@@ -112,10 +113,20 @@ def test_ties_count_against_and_captions_of_an_image_are_no_independent_evidence
     of_images, of_texts = retrieval_places(images, images[[0, 1, 2, 2]], torch.tensor([0, 1, 2, 2]))
     assert of_images.tolist() == [2, 2, 1]
     assert of_texts.tolist() == [2, 2, 1, 1]
-    few, many = (recalls(torch.ones(50), torch.tensor([1, 9] * n)) for n in (25, 250))
+    few, many = (
+        recalls(torch.ones(50), torch.tensor([1, 9] * n), torch.arange(50).repeat_interleave(n // 25))
+        for n in (25, 250)
+    )
     assert (many.image[1].value, many.image[1].total) == (0.5, 500)
     # Ten captions an image tell no more than one.
     assert (many.image[1].low, many.image[1].high) == pytest.approx((few.image[1].low, few.image[1].high))
+    # One image has half of all captions: they are worth 2 * 99 / 50 of 100 images, or 3.96.
+    owner = torch.cat([torch.arange(100), torch.zeros(98, dtype=torch.int64)])
+    uneven = recalls(torch.ones(100), torch.tensor([1, 9] * 99), owner).image[1]
+    assert uneven == rate(99, 198, independent=198**2 / (99**2 + 99), each="image")
+    twice = recalls(torch.ones(50), torch.ones(50), torch.arange(50), groups=[str(n // 2) for n in range(50)])
+    assert twice.text[1] == rate(50, 50, independent=25)
+    assert (twice.image[1].low, twice.image[1].high) == (twice.text[1].low, twice.text[1].high)
 
 
 def test_macro_std_by_hand_by_chance_and_where_there_is_a_difference() -> None:
@@ -132,6 +143,41 @@ def test_macro_std_by_hand_by_chance_and_where_there_is_a_difference() -> None:
         over += (chance >= macro_std(counts)).mean() <= 0.05
     assert abs(np.mean(alike)) < 0.005
     assert over <= 9  # three are expected
+
+
+def test_a_spread_of_copies_is_held_against_the_chance_of_whole_drawings() -> None:
+    generator = np.random.default_rng(5)
+    for low, high in ((4, 5), (1, 5)):  # copies of a drawing: as many of each, and not
+        over = 0
+        for _ in range(60):
+            facts = [
+                (label, "abc"[drawing % 3], right, f"{label}/{drawing}")
+                for label in range(8)
+                for drawing in range(12)
+                for right in [bool(generator.random() < 0.7)] * int(generator.integers(low, high))
+            ]
+            over += uneven(facts)["p_value"] < 0.05  # type: ignore[index]
+        assert over <= 8  # three are expected; copies taken one by one make it nearly all
+    alone = [(label, part, right, str(number)) for number, (label, part, right, _) in enumerate(facts)]
+    groups, single = uneven(facts), uneven(alone)
+    assert groups is not None
+    assert single is not None
+    assert groups["value"] == single["value"]
+    assert groups["by_chance"] > single["by_chance"]
+    assert groups["high"] - groups["low"] > single["high"] - single["low"]
+
+
+def test_images_that_are_no_copies_are_drawn_as_they_were_before_there_were_groups() -> None:
+    counts = {0: np.array([[7, 5], [3, 0], [9, 9]]), 1: np.array([[4, 4], [2, 2]])}
+    groups = {
+        label: np.array(
+            [(part, 1, image < right) for part, (images, right) in enumerate(table) for image in range(images)]
+        )
+        for label, table in counts.items()
+    }
+    apart, together = macro_std_draws(counts, draws=40), macro_std_draws(counts, groups=groups, draws=40)
+    assert all((one == other).all() for one, other in zip(apart, together, strict=True))
+    assert [round(float(one.mean()), 6) for one in apart] == [0.160863, 0.070903]
 
 
 def test_measures_follow_from_rows() -> None:
@@ -160,6 +206,20 @@ def test_copies_of_a_drawing_count_once_in_intervals() -> None:
         assert copies[name].low < alone[name].low < alone[name].high < copies[name].high
     parts = zip(alone["unevenness"][0].parts, copies["unevenness"][0].parts, strict=True)
     assert all(many.accuracy.low < one.accuracy.low for one, many in parts)
+
+
+def test_unevenness_over_subgroups_and_over_classes_takes_copies_as_one() -> None:
+    rows = [
+        ImageRow(n, f"{n // 4}/{n % 4}", n // 4 % 4, "ab"[n // 4 % 8 // 4], n // 4 % 4, n // 4 % 3 > 0, 1, 0.5)
+        for n in range(240)
+    ]
+    trees = (Tree((("a", "x"), ("b", "x"), ("c", "y"), ("d", "y"))),)
+    alone, copies = (measured(rows, trees, "abcd", group=group)["unevenness"]
+                     for group in (str, lambda name: name.partition("/")[0]))  # fmt: skip
+    assert [one.by for one in copies] == ["subgroups", "classes"]
+    for one, many in zip(alone, copies, strict=True):
+        assert one.value == many.value
+        assert one.by_chance < 0.7 * many.by_chance
 
 
 def test_refusals_and_withheld_answers_are_told_apart_only_where_all_rows_are() -> None:

@@ -8,13 +8,14 @@ from typing import Any
 from robustvlm.attacks.goals.base import ROBUST
 from robustvlm.commands.attack.record import AttackedRun, load_run, words_of
 from robustvlm.commands.attack.report import share
-from robustvlm.commands.evaluate.record import uneven
+from robustvlm.commands.evaluate.record import Group, uneven
 from robustvlm.commands.evaluate.view import Evaluation, evaluate_report, read_run, spread_cells
-from robustvlm.data.splits import same_images
+from robustvlm.data.splits import group_of, same_images
 from robustvlm.errors import UserError
 from robustvlm.report import sections as doc
 from robustvlm.report.page import drawing, page_of, write_page
 from robustvlm.report.words import as_rate, norm_name, plain
+from robustvlm.stats import Rate, rate, worth_of
 
 
 def write_beside(folders: Sequence[Path], out: Path | None = None) -> Path:
@@ -79,6 +80,8 @@ def table(run: Evaluation, attacked: Sequence[AttackedRun]) -> doc.Table:
     seen = {result.images, *(at.robust_accuracy.total for other in attacked for at in other.summary.per_eps)}
     if len(seen) > 1 or not all(_saw_the_same(run, other) for other in attacked):
         caption += " The runs saw different images."
+    if any(_untold_copies(run, other) for other in attacked):
+        caption += " In attacked rows, copies of one thing count one by one: ids do not tell them."
     return doc.Table(columns, rows, caption=caption, strong=frozenset({0}))
 
 
@@ -94,22 +97,24 @@ def evenness(run: Evaluation, attacked: Sequence[AttackedRun]) -> Iterator[doc.B
         return
     found: list[doc.Row] = []
     left: list[str] = []
+    group = _group(run)
     for other in attacked:
         verdicts = other.verdicts()
         # Two runs may number the classes of one set in another order.
         mine, theirs = (dict(enumerate(one.class_names)) for one in (run, other))
         named = {(image.image_id, theirs.get(image.label)): image for image in verdicts.images}
         seen = named if _comparable(run, other) else {}
-        shared = [(row["label"], row["subgroup"], row["correct"], seen[row["image_id"], mine[row["label"]]])
+        shared = [(row["label"], row["subgroup"], bool(row["correct"]), seen[row["image_id"], mine[row["label"]]])
                   for row in rows if (row["image_id"], mine[row["label"]]) in seen]  # fmt: skip
         if not shared:
             left.append(plain(other.name, 60))
             continue
-        clean = [(label, part, bool(right)) for label, part, right, _ in shared]
+        clean = [(label, part, right, group(image.image_id)) for label, part, right, image in shared]
         found += _spread_of(f"as they are, images of {plain(other.name, 60)}", clean)
         for place, at in enumerate(other.summary.per_eps):
-            outcomes = [(label, part, verdicts.after(image, place)) for label, part, _, image in shared]
-            robust = [(label, part, said == "robust") for label, part, said in outcomes if said != "undecided"]
+            outcomes = [(one, verdicts.after(one[-1], place)) for one in shared]
+            robust = [(label, part, said == "robust", group(image.image_id))
+                      for (label, part, _, image), said in outcomes if said != "undecided"]  # fmt: skip
             what = f"attacked, {norm_name(other.summary.norm)} {plain(at.eps_text, 20)}{_held(other)}"
             found += _spread_of(what, robust)
     if found:
@@ -118,6 +123,8 @@ def evenness(run: Evaluation, attacked: Sequence[AttackedRun]) -> Iterator[doc.B
             "Spread of right answers over the subgroups of a class, as a mean over classes; \u201cby chance\u201d is "
             "what would be seen if they were alike."
         )
+        if _untold_copies(run, run):
+            caption += " Copies of one thing count one by one: ids do not tell them."
         yield doc.Table(columns, found, title="How evenly over subgroups", caption=caption)
     if left:
         yield doc.Text(f"Not compared over subgroups, as other images or labels were attacked: {', '.join(left)}.")
@@ -133,7 +140,18 @@ def _comparable(run: Evaluation, other: AttackedRun) -> bool:
     return same_images(*(one.manifest.get("data") or {} for one in (run, other)))
 
 
-def _spread_of(title: str, facts: Sequence[tuple[int, str, bool]]) -> Iterator[tuple[Any, ...]]:
+def _group(run: Evaluation | AttackedRun) -> Group:
+    """Return what images have in common whose copies count once, as far as ids tell it: rows do not store it."""
+    return group_of(str((run.manifest.get("data") or {}).get("spec") or ""))
+
+
+def _untold_copies(run: Evaluation, other: Evaluation | AttackedRun) -> bool:
+    """Whether there are copies, by the evaluation, which the ids of a run do not show: a source of one's own."""
+    worth = run.summary.worth
+    return worth is not None and worth < run.summary.images and _group(other) is str
+
+
+def _spread_of(title: str, facts: Sequence[tuple[int, str, bool, str]]) -> Iterator[tuple[Any, ...]]:
     one = uneven(facts)
     if one is not None:
         yield (
@@ -150,9 +168,20 @@ def _held(other: AttackedRun) -> str:
 
 
 def _attacked(other: AttackedRun) -> Iterator[tuple[Any, ...]]:
+    group = _group(other)
+    images = [group(image.image_id) for image in other.verdicts().images]
+    each = worth_of(images) / max(1, len(images))
     for at in other.summary.per_eps:
         goal = "" if other.summary.goal == "misclassify" else f", {plain(other.goal, 60)}"
         what = f"attacked, {norm_name(other.summary.norm)} {plain(at.eps_text, 20)}{goal}{_held(other)}"
-        shown = share(other.summary, at.robust_accuracy, at.robust_accuracy_at_most)
+        shown = share(other.summary, _each_once(at.robust_accuracy, each), at.robust_accuracy_at_most)
         number = f"{at.robust_accuracy.total:,}"
         yield ([what, " ", doc.Small(plain(other.name, 60))], shown, number)
+
+
+def _each_once(found: Rate, each: float) -> Rate:
+    """Return a rate of an attack, which counts every image, with the interval of images worth `each` of one.
+
+    Beside the rows of the evaluation, which counts copies once, its own would look narrower than it is.
+    """
+    return rate(found.successes, found.total, independent=each * found.total)

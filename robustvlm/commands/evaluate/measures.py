@@ -150,12 +150,20 @@ def _spread(images: NDArray[np.int64], right: NDArray[np.int64]) -> NDArray[np.f
 
 
 def macro_std_draws(
-    counts: Mapping[int, NDArray[np.int64]], *, seed: int = 0, draws: int = DRAWS
+    counts: Mapping[int, NDArray[np.int64]],
+    *,
+    groups: Mapping[int, NDArray[np.int64]] | None = None,
+    seed: int = 0,
+    draws: int = DRAWS,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return MacroStd of bootstrap samples, and of samples in which subgroups differ by chance alone: [draws] each.
 
     For the first the images of each class are drawn anew with replacement. For the second the right answers of a class
     are dealt out among its images at random: few images a subgroup make a spread out of nothing, and this is how much.
+
+    Args:
+        groups: for each class [n, 3], a row for each group of copies, which are drawn and dealt out whole: the place
+            of its subgroup in `counts`, its images, the right ones. None: every image stands for itself.
 
     Example:
         >>> again, chance = macro_std_draws({0: np.array([[50, 50], [50, 0]])}, draws=100)
@@ -164,14 +172,61 @@ def macro_std_draws(
     """
     generator = np.random.default_rng(seed)
     again, chance = np.zeros(draws), np.zeros(draws)
-    for table in counts.values():
-        images, right = table[:, 0], table[:, 1]
-        cells = np.concatenate([right, images - right])
-        drawn = generator.multinomial(images.sum(), cells / images.sum(), size=draws)
-        hits, misses = drawn[:, : len(images)], drawn[:, len(images) :]
-        again += _spread(hits + misses, hits)
-        chance += _spread(images, generator.multivariate_hypergeometric(images, int(right.sum()), size=draws))
+    for label, table in counts.items():
+        kinds, cells = _single(table) if groups is None else _kinds(groups[label], len(table))
+        whole = int(cells.sum())
+        drawn = generator.multinomial(whole, cells.ravel() / whole, size=draws).reshape(draws, *cells.shape)
+        again += _spread(*_counted(drawn, kinds))
+        chance += _spread(*_counted(_dealt(cells, draws, generator), kinds))
     return again / len(counts), chance / len(counts)
+
+
+def _single(table: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return what `_kinds` does of images that stand for themselves."""
+    return np.array([[1, 1], [1, 0]]), np.stack([table[:, 1], table[:, 0] - table[:, 1]])
+
+
+def _kinds(groups: NDArray[np.int64], parts: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the kinds of group there are, (images, right) each: [K, 2], and how many a subgroup has of each: [K, G].
+
+    All right and all wrong are listed at every size, which leaves the draws of single images what they are without
+    groups.
+    """
+    found = {(int(images), int(right)) for _, images, right in groups}
+    kinds = sorted(found | {(size, right) for size, _ in found for right in (size, 0)}, reverse=True)
+    place = {kind: number for number, kind in enumerate(kinds)}
+    cells = np.zeros((len(kinds), parts), dtype=np.int64)
+    for part, images, right in groups:
+        cells[place[int(images), int(right)], part] += 1
+    return np.array(kinds), cells
+
+
+def _dealt(cells: NDArray[np.int64], draws: int, generator: np.random.Generator) -> NDArray[np.int64]:
+    """Return tables [draws, K, G] with the margins of one, as if groups fell into subgroups at random.
+
+    Every subgroup keeps its number of groups, and a group its images and its right answers: where subgroups have
+    nothing to do with these, all ways to deal are equally likely.
+    """
+    found = np.zeros((draws, *cells.shape), dtype=np.int64)
+    room = np.broadcast_to(cells.sum(axis=0), (draws, cells.shape[1])).copy()
+    for place, number in enumerate(cells.sum(axis=1)[:-1].tolist()):
+        if place == 0:
+            found[:, 0] = generator.multivariate_hypergeometric(room[0], number, size=draws)
+        else:
+            left = np.full(draws, number)
+            for part in range(cells.shape[1]):
+                here, beyond = room[:, part], room[:, part + 1 :].sum(axis=1)
+                found[:, place, part] = generator.hypergeometric(here, beyond, left)
+                left -= found[:, place, part]
+        room -= found[:, place]
+    found[:, -1] = room
+    return found
+
+
+def _counted(tables: NDArray[np.int64], kinds: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the images and the right ones of each subgroup, [draws, G] both, of numbers of groups [draws, K, G]."""
+    images, right = (np.einsum("dkg,k->dg", tables, kinds[:, side]) for side in (0, 1))
+    return images, right
 
 
 # Retrieval

@@ -52,7 +52,7 @@ class Unevenness(BaseModel):
     Args:
         by: the parts, "subgroups" of a class or "classes" of a superclass; tree, level: of the superclasses.
         divided: how many of them have two parts or more. value: MacroStd, in [0, 0.5]; low, high: its 95% interval,
-            from bootstrap draws over images.
+            from bootstrap draws over images, copies of one thing together.
         by_chance: what chance alone gives, where all parts of a class are alike: its mean over draws.
         p_value: of the hypothesis that they are.
     """
@@ -76,8 +76,8 @@ class Retrieval(BaseModel):
 
     `cut` captions are longer than what the text tower reads: they count by their beginning.
 
-    Intervals of `image` count every image once, however many captions it has: captions of one image are no
-    independent evidence.
+    Captions of one image are no independent evidence: intervals of `image` are those of so many images as the captions
+    are worth (`stats.worth_of`), all images where each has equally many and fewer where some have most of them.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -292,7 +292,8 @@ def measured(
     found["mean_confidence"] = math.fsum(confidences) / len(known)
     levels = list(_levels(forest, class_names))
     found["superclass_accuracy"] = [_level(known, *level, group) for level in levels]
-    found["unevenness"] = [*_by_subgroup(known, group), *(one for level in levels for one in _by_class(known, *level))]
+    by_class = (one for level in levels for one in _by_class(known, *level, group))
+    found["unevenness"] = [*_by_subgroup(known, group), *by_class]
     return found
 
 
@@ -340,7 +341,7 @@ _PARTS = 100  # subgroups that are listed
 def _by_subgroup(known: Sequence[ImageRow], group: Group) -> Iterable[Unevenness]:
     """Yield how unevenly classes are recognised over the subgroups of the data, where it tells any."""
     names = {row.subgroup for row in known} - {""}
-    found = uneven([(row.label, row.subgroup, bool(row.correct)) for row in known if row.subgroup])
+    found = uneven([(row.label, row.subgroup, bool(row.correct), group(row.image_id)) for row in known if row.subgroup])
     if len(names) < 2 or found is None:
         return
     counted: dict[str, list[ImageRow]] = defaultdict(list)
@@ -355,30 +356,36 @@ def _by_subgroup(known: Sequence[ImageRow], group: Group) -> Iterable[Unevenness
     yield Unevenness(by="subgroups", parts=parts[:_PARTS], **found)
 
 
-def _by_class(known: Sequence[ImageRow], root: str, level: int, superclass_of: torch.Tensor) -> Iterable[Unevenness]:
+def _by_class(
+    known: Sequence[ImageRow], root: str, level: int, superclass_of: torch.Tensor, group: Group
+) -> Iterable[Unevenness]:
     """Yield how unevenly the classes of a superclass are recognised."""
     place = superclass_of.tolist()
-    found = uneven([(place[row.label], row.label, bool(row.correct)) for row in known])
+    found = uneven([(place[row.label], row.label, bool(row.correct), group(row.image_id)) for row in known])
     if found is not None:
         yield Unevenness(by="classes", tree=root, level=level, **found)
 
 
-def uneven(facts: Sequence[tuple[int, Any, bool]]) -> dict[str, Any] | None:
-    """Return MacroStd with its interval, of (class, part, right); None where no class has two parts."""
-    cells: dict[int, dict[Any, list[int]]] = defaultdict(dict)
-    for label, part, right in facts:
-        cell = cells[label].setdefault(part, [0, 0])
+def uneven(facts: Sequence[tuple[int, Any, bool, str]]) -> dict[str, Any] | None:
+    """Return MacroStd with its interval, of (class, part, right, group); None where no class has two parts.
+
+    Images of one group are no independent evidence: what chance gives, p and the interval take them as a whole.
+    """
+    cells: dict[int, dict[Any, dict[str, list[int]]]] = defaultdict(lambda: defaultdict(dict))
+    for label, part, right, group in facts:
+        cell = cells[label][part].setdefault(group, [0, 0])
         cell[0] += 1
         cell[1] += right
-    counts: dict[int, NDArray[np.int64]] = {
-        label: np.array([parts[name] for name in sorted(parts)])
+    groups: dict[int, NDArray[np.int64]] = {
+        label: np.array([(place, *of) for place, name in enumerate(sorted(parts)) for of in parts[name].values()])
         for label, parts in sorted(cells.items())
         if len(parts) > 1
     }
-    if not counts:
+    if not groups:
         return None
+    counts = {label: _summed(table) for label, table in groups.items()}
     value = measures.macro_std(counts)
-    again, chance = measures.macro_std_draws(counts)
+    again, chance = measures.macro_std_draws(counts, groups=groups)
     least, most = np.quantile(again, [0.025, 0.975])
     return {
         "divided": len(counts),
@@ -392,21 +399,41 @@ def uneven(facts: Sequence[tuple[int, Any, bool]]) -> dict[str, Any] | None:
     }
 
 
-def recalls(of_images: torch.Tensor, of_texts: torch.Tensor, *, without: int = 0) -> Retrieval:
+def _summed(groups: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the images and the right ones of each part: [G, 2], of a row (part, images, right) for each group."""
+    return np.stack([np.bincount(groups[:, 0], weights=groups[:, side]) for side in (1, 2)], axis=1).astype(np.int64)
+
+
+def recalls(
+    of_images: torch.Tensor,
+    of_texts: torch.Tensor,
+    owner: torch.Tensor,
+    *,
+    groups: Sequence[str] | None = None,
+    without: int = 0,
+) -> Retrieval:
     """Return recall at 1, 5 and 10 of places as `retrieval_places` gives them; a k above the number there is left out.
 
+    Args:
+        owner: the image that each text is about. groups: what an image has in common with those that are no
+            independent evidence beside it. without: images that have no caption.
+
     Example:
-        >>> found = recalls(torch.tensor([1, 2, 4]), torch.tensor([1, 1, 1, 3]))
+        >>> found = recalls(torch.tensor([1, 2, 4]), torch.tensor([1, 1, 1, 3]), torch.tensor([0, 0, 1, 2]))
         >>> found.text[1].successes, found.image[1].successes, list(found.text)
         (1, 3, [1])
     """
     images, texts = len(of_images), len(of_texts)
+    same = list(groups or map(str, range(images)))
+    worth, worth_of_texts = worth_of(same), worth_of(same[image] for image in owner.tolist())
     return Retrieval(
         images=images,
         captions=texts,
         without=without,
-        text={k: rate(int((of_images <= k).sum()), images) for k in ENDS if k <= texts},
+        text={k: rate(int((of_images <= k).sum()), images, independent=worth) for k in ENDS if k <= texts},
         image={
-            k: rate(int((of_texts <= k).sum()), texts, independent=images, each="image") for k in ENDS if k <= images
+            k: rate(int((of_texts <= k).sum()), texts, independent=worth_of_texts, each="image")
+            for k in ENDS
+            if k <= images
         },
     )

@@ -94,6 +94,7 @@ def evaluate_report(run: Evaluation) -> doc.Report:
             doc.cost_section([("Images", f"{len(run.rows):,}"), ("Time", duration(result.seconds))]),
         ],
         footer="Intervals are 95%: exact Clopper-Pearson for shares, bootstrap over images for MacroStd"
+        + ("" if _worth(result) == 1 else " (copies of one thing count as one)")
         + ("." if result.corruptions is None else ", Student's t over images for means over corruptions."),
     )
     return repeat.repeatable(report, run.manifest)
@@ -205,7 +206,7 @@ def _retrieval(result: CleanResult) -> Iterator[doc.Block]:
     ]
     columns = [doc.Column("Recall"), *doc.numbers("Caption of an image", "Image of a caption")]
     size = f"{count_of(found.images, 'images')} with {count_of(found.captions, 'captions')}"
-    caption = f"{size}. A tie with another counts against. Intervals on the right count each image once."
+    caption = f"{size}. A tie with another counts against. Captions of an image count in intervals as one."
     if found.without:
         caption += f" {count_of(found.without, 'images')} without a caption left out."
     if found.cut:

@@ -88,7 +88,7 @@ class EvaluateWork:
         places: dict[int, int] = {}
         if self.looker.encoder is not None:
             session.observer.begin("Comparing images and captions")
-            retrieval, places, captions = _retrieved(session.path, ledger, session.manifest)
+            retrieval, places, captions = _retrieved(session.path, ledger, session.manifest, source.group)
         if retrieval is not None and captions is not None and self.looker.encoder is not None:
             lost = self.looker.encoder.cut_tokens(captions.column("caption").to_pylist())
             retrieval = retrieval.model_copy(update={"cut": sum(tokens > 0 for tokens in lost)})
@@ -282,7 +282,7 @@ def _load(path: Path, manifest: Manifest) -> Pairs:
 
 
 def _retrieved(
-    folder: Path, ledger: record.EvaluateLedger, manifest: Manifest
+    folder: Path, ledger: record.EvaluateLedger, manifest: Manifest, group: record.Group
 ) -> tuple[record.Retrieval | None, dict[int, int], pa.Table | None]:
     """Compare every image that has captions with every caption: recalls, the places of images, a row a caption."""
     batches = [_load(path, manifest) for path in map(partial(_file, folder), range(ledger.batches)) if path.exists()]
@@ -301,7 +301,8 @@ def _retrieved(
         "caption": [text for pairs in batches for text in pairs.texts],
         "image_place": of_texts.tolist(),
     }
-    found = record.recalls(of_images, of_texts, without=len(ledger.rows) - len(index))
+    groups = [group(name[number]) for number in index]
+    found = record.recalls(of_images, of_texts, owner, groups=groups, without=len(ledger.rows) - len(index))
     return found, dict(zip(index, of_images.tolist(), strict=True)), pa.table(columns, schema=record.CAPTIONS)
 
 
