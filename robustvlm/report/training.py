@@ -12,6 +12,8 @@ from robustvlm.report import page, repeat
 from robustvlm.report import sections as doc
 from robustvlm.report.charts import level_norms, loss_curves, mean_curves, rate_curves
 from robustvlm.report.words import (
+    RANGE,
+    copies_counted,
     count_of,
     duration,
     finding,
@@ -44,6 +46,7 @@ class TrainingSummary(BaseModel):
         ranks: processes that trained; steps: optimiser steps in all.
         best_by: the measure that chose the weights, None where those of the last step were kept; watched: the one to
             show then. Runs of earlier versions call it best_by all the same: only `history.best_step` tells.
+        worth: how many independent images those validated on are worth; None in runs that counted copies one by one.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -57,6 +60,7 @@ class TrainingSummary(BaseModel):
     ranks: int = 1
     best_by: str | None = None
     watched: str | None = None
+    worth: float | None = None
     steps: int
     history: History
 
@@ -136,8 +140,24 @@ def training_report(run: FinishedRun[TrainingSummary]) -> doc.Report:
             _warnings(history),
             doc.cost_section(cost_rows(summary)),
         ],
+        footer=_footer(summary, config),
     )
     return repeat.repeatable(report, run.manifest, *settings)
+
+
+def _footer(summary: TrainingSummary, config: Mapping[str, Any]) -> str:
+    """Say what the intervals are, by the measures that there are; "", the usual, of shares alone without copies."""
+    found = [measure for at in summary.history.validations for measure in at.measures.values()]
+    kinds = [Rate if isinstance(measure, Rate) else Mean for measure in found if isinstance(measure, Rate | Mean)]
+    copies = copies_counted(config.get("val") or config["data"])
+    if copies and summary.worth is not None:
+        copies = "Copies of a drawing count once in them."
+    if Mean not in kinds and not copies:
+        return ""
+    of_shares = f"exact 95% Clopper{RANGE}Pearson intervals" + " of shares" * (Mean in kinds)
+    of_means = "Student's 95% t intervals" + " of means" * (Rate in kinds)
+    said = [words for kind, words in ((Rate, of_shares), (Mean, of_means)) if kind in kinds]
+    return " ".join(filter(None, [f"Intervals are {' and '.join(said)}." if said else "", copies * bool(said)]))
 
 
 def training_closing(run: FinishedRun[TrainingSummary]) -> doc.Closing:

@@ -16,7 +16,7 @@ from robustvlm.data import UNKNOWN, DataSource, Sample, select
 from robustvlm.errors import UserError, setting
 from robustvlm.models import VLM
 from robustvlm.models.zero_shot import class_embeddings
-from robustvlm.stats import rate
+from robustvlm.stats import rate, worth_of
 from robustvlm.training.distributed import rank_and_size, summed
 from robustvlm.training.task import Draws, Measure
 
@@ -29,17 +29,24 @@ Logits = Callable[[Tensor], Tensor]
 class LabelledImages:
     """Images of known classes in memory: 8-bit pixels [N, 3, S, S], labels [N], ids.
 
-    All labels are -1 where unlabelled images were asked for and no class is known.
+    All labels are -1 where unlabelled images were asked for and no class is known. Images of one group
+    (`DataSource.group`) are copies, which count once in intervals; without groups every image counts.
     """
 
     pixels: Tensor
     labels: Tensor
     ids: tuple[str, ...]
+    groups: tuple[str, ...] = ()
 
     @property
     def known(self) -> bool:
         """Whether the images have classes to judge by."""
         return bool((self.labels != UNKNOWN).all())
+
+    @property
+    def worth(self) -> float:
+        """How many independent images they are worth."""
+        return worth_of(self.groups) if self.groups else float(len(self.labels))
 
     @classmethod
     def read(
@@ -67,7 +74,8 @@ class LabelledImages:
             of = " of a known class" if labelled else ""
             raise UserError(f"'{source.spec}' holds no readable image{of} to validate on")
         pixels = torch.stack([picture for picture, _, _ in found])
-        return cls(pixels, torch.tensor([label for _, label, _ in found]), tuple(name for _, _, name in found))
+        ids = tuple(name for _, _, name in found)
+        return cls(pixels, torch.tensor([label for _, label, _ in found]), ids, tuple(map(source.group, ids)))
 
 
 @dataclass(frozen=True)
@@ -117,13 +125,9 @@ class RobustValidation:
             draws = Draws(self.seed, 0, [self.images.ids[row] for row in rows], device=device)
             counts += torch.stack([right.sum() for right in self._right(logits, pixels, labels, draws)])
         clean, noise, fgsm, pgd = summed(counts).tolist()
-        total = len(self.images.labels)
-        return {
-            "clean accuracy": rate(clean, total),
-            "noise accuracy": rate(noise, total),
-            "FGSM accuracy": rate(fgsm, total),
-            "robust accuracy": rate(pgd, total),
-        }
+        total, worth = len(self.images.labels), self.images.worth
+        right = {"clean accuracy": clean, "noise accuracy": noise, "FGSM accuracy": fgsm, "robust accuracy": pgd}
+        return {name: rate(count, total, independent=worth) for name, count in right.items()}
 
     def _right(self, logits: Logits, pixels: Tensor, labels: Tensor, draws: Draws) -> tuple[Tensor, ...]:
         """Return per image whether it is right: unperturbed, and also with noise, after FGSM, after PGD."""

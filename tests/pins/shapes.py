@@ -15,6 +15,7 @@ LEFT_OUT = ("report.html", "training")
 ADDED = {
     "says_classes",
     "spread",
+    "worth",
     "apart",
     "likely_least",
     "likely_most",

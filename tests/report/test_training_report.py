@@ -16,8 +16,9 @@ from robustvlm.report.training import (
     training_report,
     verdict,
 )
+from robustvlm.report.words import RANGE
 from robustvlm.runs.run import FinishedRun
-from robustvlm.stats import mean, rate
+from robustvlm.stats import Mean, Rate, mean, rate
 from robustvlm.training.history import History, StepEntry, Validation, Warned
 
 
@@ -50,6 +51,33 @@ def terminal(found: FinishedRun[TrainingSummary]) -> str:
     stream = io.StringIO()
     show(Console(file=stream, width=80), training_report(found), training_closing(found))
     return stream.getvalue()
+
+
+def test_the_footer_names_the_intervals_that_there_are_and_how_copies_count() -> None:
+    def footer(measures: dict[str, Rate | Mean | float], data: str, worth: float | None) -> str:
+        one = run()
+        history = History(validations=[Validation(step=0, measures=measures)], best_step=0)
+        summary = one.summary.model_copy(update={"history": history, "worth": worth})
+        config = {"model": "tiny", "data": data}
+        return training_report(FinishedRun(one.folder, {**one.manifest, "config": config}, summary)).footer
+
+    share: dict[str, Rate | Mean | float] = {"clean accuracy": rate(3, 8)}
+    score: dict[str, Rate | Mean | float] = {"score at 0.1": mean([0.1, 0.3])}
+    assert footer(share, "imagefolder:photos", None) == ""  # the usual one
+    assert footer(score, "imagefolder:photos", 2.0) == "Intervals are Student's 95% t intervals."
+    assert footer(score, "emoji", 2.0).endswith(" Copies of a drawing count once in them.")
+    assert "Intervals count every image" in footer(score, "emoji", None)  # of an earlier version
+    both = footer(share | score, "emoji?copies=1", 8.0)
+    of_shares = f"exact 95% Clopper{RANGE}Pearson intervals of shares"
+    assert both == f"Intervals are {of_shares} and Student's 95% t intervals of means."
+    assert "Clopper" not in rendered_footer(score)
+
+
+def rendered_footer(measures: dict[str, Rate | Mean | float]) -> str:
+    one = run("purify", "score at 0.1")
+    history = History(validations=[Validation(step=0, measures=measures)], best_step=0)
+    page = rendered(FinishedRun(one.folder, one.manifest, one.summary.model_copy(update={"history": history})))
+    return page[page.index('<footer class="page">') :]
 
 
 def test_measures_that_chose_no_weights_are_not_said_to() -> None:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from robustvlm.attacks import ThreatModel
+from robustvlm.data import open_data
 from robustvlm.errors import UserError
 from robustvlm.stats import rate
 from robustvlm.training import Draws, LabelledImages, RobustValidation, Trainer, TrainingConfig, Validation
@@ -238,6 +239,21 @@ def test_robust_validation_needs_a_step_of_pgd() -> None:
     held = LabelledImages(torch.zeros(1, 3, 2, 2, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64), ("a",))
     with pytest.raises(UserError, match=r"at least 1 step of PGD \(val_steps\), got 0"):
         RobustValidation(held, ThreatModel("Linf", 0.1), n_iter=0)
+
+
+def test_copies_count_once_in_the_intervals_of_a_validation() -> None:
+    held = LabelledImages(
+        torch.zeros(12, 3, 2, 2, dtype=torch.uint8), torch.arange(12) // 8, tuple("abcdefghijkl"), tuple("aaaabbbbcccc")
+    )
+    assert held.worth == 3
+    logits = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
+    nn.init.zeros_(logits[1].weight)
+    nn.init.zeros_(logits[1].bias)  # every image is of the first class
+    found = RobustValidation(held, ThreatModel("Linf", 0.1), n_iter=1).measure(logits)
+    assert all(measure == rate(8, 12, independent=3) for measure in found.values())
+    drawings = LabelledImages.read(open_data("emoji?split=val&copies=2"), size=64, limit=20)
+    assert len(drawings.groups) == 20
+    assert drawings.worth < 20
 
 
 def test_what_is_not_a_number_is_not_right() -> None:

@@ -115,6 +115,7 @@ class FinetuneWork:
             parameters=sum(p.numel() for p in self.vlm.parameters()),
             ranks=ranks.size,
             best_by=task.best_by,
+            worth=held.worth,
             steps=history.steps[-1].step,
             history=history,
         )

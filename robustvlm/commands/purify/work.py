@@ -34,6 +34,7 @@ from robustvlm.report import training as report
 from robustvlm.report.training import told
 from robustvlm.runs.manifest import run_identity
 from robustvlm.runs.run import Facts, FinishedRun, Session
+from robustvlm.stats import worth_of
 from robustvlm.training.history import History
 from robustvlm.training.validation import held_out
 
@@ -48,7 +49,7 @@ class PurifyWork:
     """A run's facts, encoder and images.
 
     Args:
-        images: to train on; held: pixels [N, 3, S, S] on which the score is watched.
+        images: to train on; held: pixels [N, 3, S, S] on which the score is watched, worth so many independent ones.
         texts: unit embeddings [K, D] of the classes, where the purifier's loss looks at them.
     """
 
@@ -57,12 +58,13 @@ class PurifyWork:
     encoder: VLM
     images: training.TrainingData
     held: Tensor
+    worth: float
     texts: Tensor | None
 
     def run(self, session: Session) -> None:
         """Train, or go on training, and write the model and its record."""
         held = self.held.to(self.encoder.device)
-        before = train.scores(self.encoder, held, self.stages.levels)
+        before = train.scores(self.encoder, held, self.stages.levels, worth=self.worth)
 
         def observe(stage: train.Stage) -> training.TrainingObserver:
             session.observer.say(f"The {stage}:")
@@ -79,6 +81,7 @@ class PurifyWork:
             observe=observe,
             run=run_identity(session.manifest),
             texts=self.texts,
+            worth=self.worth,
         )
         if not session.ranks.leader:
             return
@@ -109,6 +112,7 @@ class PurifyWork:
             parameters=sum(sizes.values()) + sum(p.numel() for p in self.encoder.parameters()),
             ranks=ranks.size,
             watched=f"score at {given[len(given) // 2]:g}",
+            worth=self.worth,
             steps=history.steps[-1].step if history.steps else 0,
             history=history,
         )
@@ -125,7 +129,7 @@ def open_work(settings: PurifySettings) -> PurifyWork:
     encoder = load_pipeline(settings.model, device=device)
     purifier_shape(settings.size, encoder.image_size)
     train.check_encoder(encoder, stages)
-    images, held = _images(settings, source, val, encoder)
+    images, held, worth = _images(settings, source, val, encoder)
     model, data = facts_of(encoder, "interpolation"), _describe(source)
     texts = None
     if settings.text_weight:
@@ -148,7 +152,7 @@ def open_work(settings: PurifySettings) -> PurifyWork:
             *remarks_on(settings.model, val, settings.val_limit),
         ],
     )
-    return PurifyWork(facts, stages, encoder, images, held, texts)
+    return PurifyWork(facts, stages, encoder, images, held, worth, texts)
 
 
 def stages_of(settings: PurifySettings) -> Stages:
@@ -193,8 +197,11 @@ def stages_of(settings: PurifySettings) -> Stages:
 
 def _images(
     settings: PurifySettings, source: DataSource, val: DataSource | None, encoder: VLM
-) -> tuple[training.TrainingImages, Tensor]:
-    """Return the images to train on, and pixels [N, 3, S, S] of those to watch the score on; labels play no part."""
+) -> tuple[training.TrainingImages, Tensor, float]:
+    """Return the images to train on, pixels [N, 3, S, S] of those to watch the score on, and what these are worth.
+
+    Labels play no part.
+    """
     ids = training.ids_of(source)
     ids = select(ids, settings.limit) if settings.limit is not None else ids
     chosen = held_out(source, ids, settings.val_limit) if val is None else set()
@@ -212,10 +219,11 @@ def _images(
         ahead=0 if encoder.device.type == "cpu" else _AHEAD,
     )
     items = source.samples(keep=chosen.__contains__) if val is None else val.samples(limit=settings.val_limit)
-    pixels = [to_pixels(item.image, encoder.framing) for item in items if isinstance(item, Sample)]
-    if not pixels:
+    found = [(to_pixels(item.image, encoder.framing), item.id) for item in items if isinstance(item, Sample)]
+    if not found:
         raise UserError(f"'{settings.val or settings.data}' holds no readable image to watch the score on")
-    return images, torch.stack(pixels)
+    worth = worth_of((val or source).group(name) for _, name in found)
+    return images, torch.stack([pixels for pixels, _ in found]), worth
 
 
 def _describe(source: DataSource) -> dict[str, Any]:

@@ -132,7 +132,8 @@ class PurifierTask(Task):
     Args:
         purifier: what is trained. encoder: frozen; gradients pass through it to the purifier only.
         levels: noise to train for. weights: of the terms of the loss.
-        held_out: images [N, 3, S, S] on which the Gaussian robustness score is watched.
+        held_out: images [N, 3, S, S] on which the Gaussian robustness score is watched. worth: how many independent
+            ones they are worth, where copies are among them.
         texts: unit embeddings [K, D] of class names, for the term `text`.
         attack: raises what the encoder and the texts make of the purified image, before every step; None: noise alone.
     """
@@ -147,13 +148,14 @@ class PurifierTask(Task):
         weights: PurifierWeights,
         held_out: Tensor,
         *,
+        worth: float | None = None,
         texts: Tensor | None = None,
         attack: InnerAttack | None = None,
     ) -> None:
         super().__init__(purifier)
         self.purifier, self.encoder, self.levels = purifier, encoder.requires_grad_(False), levels
         self.weights, self.held_out, self.attack = asdict(weights), held_out, attack
-        self.texts = texts if weights.text else None
+        self.worth, self.texts = worth, texts if weights.text else None
         if self.texts is None:
             del self.weights["text"]
 
@@ -192,7 +194,7 @@ class PurifierTask(Task):
 
     def validate(self) -> Mapping[str, Measure]:
         """Return the score at every level given, behind the purifier."""
-        return scores(PurifiedVLM(self.encoder, self.purifier, None), self.held_out, self.levels)
+        return scores(PurifiedVLM(self.encoder, self.purifier, None), self.held_out, self.levels, worth=self.worth)
 
 
 class MapperTask(Task):
@@ -203,7 +205,7 @@ class MapperTask(Task):
     Args:
         mapper: what is trained. encoder: what stands before it, told the noise level by `at_noise`.
         reference: the encoder whose clean features are aimed at.
-        levels, weights, held_out: as for `PurifierTask`.
+        levels, weights, held_out, worth: as for `PurifierTask`.
     """
 
     labelled = False
@@ -216,8 +218,11 @@ class MapperTask(Task):
         levels: NoiseLevels,
         weights: MapperWeights,
         held_out: Tensor,
+        *,
+        worth: float | None = None,
     ) -> None:
         super().__init__(mapper)
+        self.worth = worth
         self.mapper, self.encoder, self.reference, self.levels = mapper, encoder, reference, levels
         self.weights, self.held_out = {"similarity": 1.0, **asdict(weights)}, held_out
 
@@ -233,13 +238,16 @@ class MapperTask(Task):
 
     def validate(self) -> Mapping[str, Measure]:
         """Return the score at every level given, behind purifier and mapper."""
-        return scores(PurifiedVLM(self.encoder, None, self.mapper), self.held_out, self.levels)
+        return scores(PurifiedVLM(self.encoder, None, self.mapper), self.held_out, self.levels, worth=self.worth)
 
 
-def scores(vlm: VLM, images: Tensor, levels: NoiseLevels, *, draws: int = 2, seed: int = 0) -> dict[str, Measure]:
+def scores(
+    vlm: VLM, images: Tensor, levels: NoiseLevels, *, draws: int = 2, seed: int = 0, worth: float | None = None
+) -> dict[str, Measure]:
     """Return the Gaussian robustness score E(1 + cos(f(x + e), f(x))) / 2 at every level, over images and draws.
 
-    The noise is the same in every call, so that the weights of different steps are compared on the same draws.
+    The noise is the same in every call, so that the weights of different steps are compared on the same draws. `worth`
+    is how many independent images these are worth to the intervals, where copies are among them.
 
     Example:
         >>> from robustvlm.models import load_model
@@ -258,7 +266,8 @@ def scores(vlm: VLM, images: Tensor, levels: NoiseLevels, *, draws: int = 2, see
                     e = torch.randn(part.shape, generator=noise).to(part)
                     features = told.encode_image(part + sigma * e)
                     total[i * _ROWS : i * _ROWS + len(part)] += (features * clean[i * _ROWS :][: len(part)]).sum(dim=1)
-            found[f"score at {sigma:g}"] = mean((0.5 * (1 + total / draws)).tolist(), within=(0.0, 1.0))
+            score = (0.5 * (1 + total / draws)).tolist()
+            found[f"score at {sigma:g}"] = mean(score, within=(0.0, 1.0), independent=worth)
     return found
 
 
@@ -332,6 +341,7 @@ def train_parts(
     observe: Observe | None = None,
     run: str | None = None,
     texts: Tensor | None = None,
+    worth: float | None = None,
 ) -> tuple[Parts, Mapping[Stage, History]]:
     """Train purifier and mapper around a frozen encoder; killed at any moment, the same call goes on.
 
@@ -342,6 +352,7 @@ def train_parts(
         folder: for checkpoints, in a folder for each stage.
         ranks: of a distributed job; observe: who watches a stage; run: identity of the run that the checkpoints are of.
         texts: unit embeddings [K, D] of class names, for the weight `text`.
+        worth: how many independent images `held_out` are worth, where copies are among them.
 
     Returns:
         The parts, and the record of each stage that was trained.
@@ -368,13 +379,14 @@ def train_parts(
             purifier = Purifier(purifier_shape(settings.size, encoder.image_size)).to(device)
         purifier = purifier.to(memory_format=torch.channels_last)
         weights, attack = settings.purifier_weights, settings.attack
-        fit("purifier", PurifierTask(purifier, encoder, levels, weights, held_out, texts=texts, attack=attack))
+        task = PurifierTask(purifier, encoder, levels, weights, held_out, worth=worth, texts=texts, attack=attack)
+        fit("purifier", task)
     mapper: Mapper | None = None
     if "mapper" in settings.stages:
         with seeded(settings.mapper.seed, "mapper"):
             mapper = Mapper(mapper_shape(encoder, held_out[:1])).to(device)
         before = PurifiedVLM(encoder, purifier, None)
-        fit("mapper", MapperTask(mapper, before, encoder, levels, settings.mapper_weights, held_out))
+        fit("mapper", MapperTask(mapper, before, encoder, levels, settings.mapper_weights, held_out, worth=worth))
     return Parts(purifier, mapper, levels.given), records
 
 

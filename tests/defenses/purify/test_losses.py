@@ -26,6 +26,7 @@ from robustvlm.defenses.purify.train import (
 from robustvlm.defenses.purify.unet import Purifier, PurifierShape
 from robustvlm.errors import UserError
 from robustvlm.models import VLM
+from robustvlm.stats import Mean
 from robustvlm.training import Draws
 
 
@@ -177,6 +178,15 @@ def test_the_score_is_that_of_the_definition() -> None:
         features = torch.stack([encoder.encode_image(pixels + 0.5 * e) for e in noise])
         expected = (0.5 * (1 + (features * encoder.encode_image(pixels)).sum(-1))).mean().item()
     assert found["score at 0.5"].value == pytest.approx(expected, abs=0.01)  # type: ignore[union-attr]
+
+
+def test_copies_count_once_in_the_interval_of_a_score() -> None:
+    pixels = torch.rand(5, 3, 4, 4, generator=torch.Generator().manual_seed(0)).repeat_interleave(4, 0)
+    alone, once = (scores(Linear(), pixels, NoiseLevels((0.5,)), worth=worth)["score at 0.5"] for worth in (None, 5.0))
+    assert isinstance(alone, Mean)
+    assert isinstance(once, Mean)
+    assert alone.value == once.value
+    assert once.high - once.low > 2 * (alone.high - alone.low)  # type: ignore[operator]
 
 
 def test_half_of_the_levels_are_those_given_and_all_are_in_range() -> None:
