@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from robustvlm.errors import UserError
+from robustvlm.errors import UserError, setting
 from robustvlm.models import VLM
 from robustvlm.models.clip import ClipVLM
 from robustvlm.models.custom import CustomVLM
@@ -60,6 +60,28 @@ def _inside(vlm: VLM) -> VLM:
     return found
 
 
+def _behind_placeholders(class_names: Sequence[str], length: int) -> list[str]:
+    return [" ".join([_PLACEHOLDER] * length + [f"{name}."]) for name in class_names]
+
+
+def _require_room(class_names: Sequence[str], counts: Sequence[int], room: int, length: int, spec: str) -> None:
+    """Refuse so many context vectors that a name behind them is cut: classes that are cut alike are one class.
+
+    Args:
+        counts: tokens of every class's text, uncut; room: how many the text tower reads.
+    """
+    longest = max(range(len(counts)), key=counts.__getitem__)
+    cut = counts[longest] - room
+    if cut <= 0:
+        return
+    fits = length - cut
+    advice = f"pass {setting('context', str(fits))} or fewer" if fits > 0 else "shorten the name"
+    raise UserError(
+        f"{length} context vectors do not fit into the {room} tokens of '{spec}': with {class_names[longest]!r} behind "
+        f"them they make {counts[longest]}; {advice}"
+    )
+
+
 # open_clip's text towers
 
 
@@ -97,7 +119,7 @@ def prompt_tokens(clip: ClipVLM, class_names: Sequence[str], length: int) -> tup
     """Return the token ids [K, T] of `length` placeholders before each class name, and each row's first place [K].
 
     Raises:
-        UserError: a tokenizer that cuts the placeholder up, or a context too short for so many.
+        UserError: a tokenizer that cuts the placeholder up, or a context too short for so many and a name.
 
     Example:
         >>> from robustvlm.models import load_model
@@ -105,11 +127,12 @@ def prompt_tokens(clip: ClipVLM, class_names: Sequence[str], length: int) -> tup
         >>> tuple(tokens.shape), first.tolist()
         ((2, 24), [1, 1])
     """
-    mark = _mark(clip)
-    tokens = clip.tokenizer([" ".join([_PLACEHOLDER] * length + [f"{name}."]) for name in class_names])
+    mark, texts = _mark(clip), _behind_placeholders(class_names, length)
+    tokens = clip.tokenizer(texts)
+    room = tokens.shape[1]
+    _require_room(class_names, [room + cut for cut in clip.cut_tokens(texts)], room, length, clip.spec)
     runs = (tokens == mark).unfold(1, length, 1).all(dim=-1) if tokens.shape[1] >= length else tokens[:, :0] == mark
     if not runs.any(dim=1).all():
-        room = tokens.shape[1]
         raise UserError(f"{length} context vectors do not fit into the {room} tokens of '{clip.spec}': pass fewer")
     return tokens, runs.long().argmax(dim=1)
 
@@ -163,12 +186,9 @@ class SentencePrompts(PromptTower):
 
     def __init__(self, vlm: CustomVLM, words: SentenceEncoder, class_names: Sequence[str], length: int) -> None:
         self.vlm, self.words, self.device, self.count = vlm, words, vlm.device, len(class_names)
-        self.texts = [" ".join([_PLACEHOLDER] * length + [f"{name}."]) for name in class_names]
+        self.texts = _behind_placeholders(class_names, length)
         (self.mark,) = self._ids(_PLACEHOLDER)
-        if max(sum(text.attention_mask) for text in words.tokenizer.encode_batch(self.texts)) >= LONGEST:
-            raise UserError(
-                f"{length} context vectors do not fit into the {LONGEST} tokens of '{vlm.spec}': pass fewer"
-            )
+        _require_room(class_names, _uncut_lengths(words, self.texts), LONGEST, length, vlm.spec)
         width = words.tokens.embedding_dim
         with torch.enable_grad():
             context = torch.zeros(length, width, device=self.device, requires_grad=True)
@@ -195,6 +215,14 @@ class SentencePrompts(PromptTower):
 
         with context_in_place(self.words.tokens, context, places):
             return self.vlm.embed_text(self.texts[rows])
+
+
+def _uncut_lengths(words: SentenceEncoder, texts: Sequence[str]) -> list[int]:
+    """Return how many tokens each text has before the tokenizer cuts it."""
+    uncut = type(words.tokenizer).from_str(words.tokenizer.to_str())  # the encoder's own goes on cutting
+    uncut.no_truncation()
+    uncut.no_padding()
+    return [len(text.ids) for text in uncut.encode_batch(texts)]
 
 
 def _sentence_encoders(vlm: CustomVLM) -> list[SentenceEncoder]:

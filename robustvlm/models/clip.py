@@ -278,6 +278,9 @@ class ClipVLM(VLM):
         encode = getattr(self.tokenizer, "encode", None)
         if callable(encode):
             return max(0, len(encode(text)) + 2 - room)  # with the tokens that begin and end a text
+        inner, clean = getattr(self.tokenizer, "tokenizer", None), getattr(self.tokenizer, "clean_fn", None)
+        if callable(inner) and callable(clean) and not getattr(self.tokenizer, "tokenizer_mode", ""):  # of transformers
+            return max(0, len(inner(clean(text), verbose=False)["input_ids"]) - room)
         # Of other tokenizers we know only whether another word would still be read.
         read, longer = self.tokenizer([text, f"{text} {text[-1:]}x"])
         return int(torch.equal(read, longer))

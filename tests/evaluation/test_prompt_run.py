@@ -276,6 +276,7 @@ def test_mistakes_are_found_before_any_work(prepare: Callable[..., Run]) -> None
         ({"shots": -1}, "shots must be at least 0, got -1"),
         ({"c": 0}, "c must be at least 1, got 0"),
         ({"context": 40}, "40 context vectors do not fit"),
+        ({"context": 22}, r"22 context vectors do not fit .* pass context=\d+ or fewer"),
         ({"ood": ["emoji"]}, "pass val=DATA with known images too"),
         ({"words": Path("w.txt")}, "words are for lapt: pass both"),
         ({"lapt": True, "words": Path("w.txt")}, "no words file"),
@@ -285,6 +286,12 @@ def test_mistakes_are_found_before_any_work(prepare: Callable[..., Run]) -> None
     ):
         with pytest.raises(UserError, match=message):
             prepare(**wrong)
+
+
+def test_classes_that_the_text_tower_takes_for_one_are_refused(prepare: Callable[..., Run], photos: Path) -> None:
+    (photos / "dog").rename(photos / "CAT")
+    with pytest.raises(UserError, match="'CAT' and 'cat' have the same embedding in 'tiny'"):
+        prepare().start()
 
 
 def test_a_damaged_folder_is_one_clear_line(prepare: Callable[..., Run]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import signal
 import sys
@@ -294,6 +295,29 @@ def test_own_encoders_are_asked_as_well() -> None:
             Folded(), ["long ago one", "x", "long ago two", "long ago three", "long ago four"], ["{}"], cache=False
         )
     zero_shot(Folded(), ["one", "two"], ["{}"], cache=False)
+
+
+class OfTransformers:
+    """Cuts texts into words as open_clip's wrapper of a tokenizer of transformers does: it has no `encode`."""
+
+    tokenizer_mode = ""
+
+    def clean_fn(self, text: str) -> str:
+        return " ".join(text.split())
+
+    def tokenizer(self, text: str, *, verbose: bool) -> dict[str, list[int]]:
+        assert not verbose  # transformers warns of long texts otherwise
+        return {"input_ids": [1, *(3 for _ in text.split()), 2]}
+
+    def __call__(self, texts: list[str]) -> torch.Tensor:
+        rows = [self.tokenizer(text, verbose=False)["input_ids"] for text in texts]
+        return torch.tensor([(row if len(row) <= 8 else [*row[:7], 2]) + [0] * (8 - len(row)) for row in rows])
+
+
+def test_tokens_of_a_tokenizer_of_transformers_are_counted(vlm: VLM) -> None:
+    whole = copy.copy(vlm)
+    whole.tokenizer = OfTransformers()  # type: ignore[assignment]
+    assert whole.cut_tokens(["cat", "cat " * 6, "cat " * 7, "cat " * 17]) == [0, 0, 1, 11]
 
 
 def test_prompts_beyond_the_context_are_told(vlm: VLM) -> None:

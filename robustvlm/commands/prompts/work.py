@@ -29,7 +29,7 @@ from robustvlm.errors import UserError, setting
 from robustvlm.models import VLM
 from robustvlm.models.probe import probe_encoder
 from robustvlm.models.saved import CARD_NAME, Card, write_card
-from robustvlm.models.zero_shot import class_embeddings
+from robustvlm.models.zero_shot import class_embeddings, require_distinct
 from robustvlm.report import screen
 from robustvlm.report.sections import Block, Checks, Closing, Code, Column, Line, Measure, Name, Row, Table, Text
 from robustvlm.report.training import counted
@@ -105,8 +105,9 @@ class PromptWork:
         """Tune the prompts and save them.
 
         Raises:
-            UserError: a class without an image, or a loss that is not finite.
+            UserError: classes that the text tower takes for one, no image to learn from, or a loss that is not finite.
         """
+        self._require_distinct()
         shots, beside = self._shots(session.observer), self._beside(session.observer)
         learner: nn.Module = self.learner if beside is None else beside.learner
         history = self._tuned(learner, beside, shots, session.observer)
@@ -119,6 +120,12 @@ class PromptWork:
         record = PromptRecord(images=len(shots.ids), history=history, **measured)
         with session.results() as folder:
             self._save(folder, tuned, beside, record)
+
+    def _require_distinct(self) -> None:
+        """Refuse classes with one embedding behind the context as it begins, as with hand-written prompts."""
+        context = " ".join(["x"] * self.settings.context)
+        with torch.no_grad():
+            require_distinct(self.vlm, self.source.class_names, [f"{context} {{}}."], self.learner())
 
     def _beside(self, observer: Observer) -> Beside | None:
         """Return the words outside the classes that LAPT learns a context for; None without it."""

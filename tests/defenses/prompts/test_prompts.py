@@ -91,6 +91,19 @@ def test_too_long_a_context_is_refused(tiny: VLM) -> None:
         prompt_tokens(text_tower(tiny), CLASSES, 30)
 
 
+def test_a_context_that_would_cut_class_names_off_is_refused(tiny: VLM) -> None:
+    """Behind 22 placeholders no name was read at all, and all classes were one."""
+    for length in (20, 22):
+        wrong = (
+            f"{length} context vectors do not fit .* with 'hot dog' behind them they make {length + 5}; pass context=19"
+        )
+        with pytest.raises(UserError, match=wrong):
+            learner_of(tiny, length)
+    assert learner_of(tiny, 19).count == 4
+    with pytest.raises(UserError, match=r"tokens of 'tiny': with 'dog dog .* shorten the name"):
+        prompt_tokens(text_tower(tiny), [" ".join(["dog"] * 30)], 4)
+
+
 def test_a_class_name_that_looks_like_the_placeholder_is_no_trouble(tiny: VLM) -> None:
     _, first = prompt_tokens(text_tower(tiny), ["x x x", "x"], 3)
     assert first.tolist() == [1, 1]

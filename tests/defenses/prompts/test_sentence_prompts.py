@@ -102,8 +102,13 @@ def test_what_cannot_be_reached_or_does_not_fit_is_refused() -> None:
         learner_of(wrapped(Closed))
     with pytest.raises(UserError, match=r"encoders with one SentenceEncoder, .* can be reached; 'own' is none"):
         learner_of(wrapped(Without))
-    with pytest.raises(UserError, match="252 context vectors do not fit into the 256 tokens of 'own'"):
+    with pytest.raises(
+        UserError, match=r"252 context .* the 256 tokens of 'own': with 'a pict.* 260; pass context=248"
+    ):
         learner_of(wrapped(), 252)
+    vlm = wrapped()
+    assert learner_of(vlm, 248).count == len(CLASSES)
+    assert len(vlm.encoder.words.tokenizer.encode("a " * 300).ids) == 256  # it goes on cutting
 
 
 def test_it_is_found_behind_wrappers() -> None:
