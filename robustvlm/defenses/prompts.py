@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from robustvlm.core.files import replacing
 from robustvlm.core.object_graph import fingerprint
-from robustvlm.core.seeds import generator
+from robustvlm.core.seeds import derive_seed, generator, own_draws
 from robustvlm.data import UNKNOWN, DataSource, Sample, to_pixels
 from robustvlm.defenses.classifier import Classifier, ZeroShot
 from robustvlm.defenses.library import require_once
@@ -285,9 +285,12 @@ def encode_source(
     keep: Callable[[str], bool] | None = None,
     limit: int | None = None,
     batch_size: int = 64,
+    seed: int = 0,
     on_images: Callable[[int], None] | None = None,
 ) -> Features:
     """Return the features of the readable images that `keep` accepts, in source order.
+
+    A random encoder draws for a batch from `seed` and the ids in it: the same call gives the same features.
 
     Raises:
         UserError: not one image could be read.
@@ -298,7 +301,8 @@ def encode_source(
     unreadable: list[str] = []
     for batch in _batches(source, keep, limit, batch_size, unreadable):
         pixels = torch.stack([to_pixels(s.image, vlm.framing) for s in batch])
-        with torch.no_grad():
+        draws = own_draws(vlm.device, derive_seed(seed, "features", *(sample.id for sample in batch)))
+        with draws, torch.no_grad():
             parts.append(vlm.encode_image(pixels.to(vlm.device)).float().cpu())
         labels += [sample.label for sample in batch]
         ids += [sample.id for sample in batch]

@@ -144,7 +144,8 @@ class PromptWork:
         """Return the features of the few images to learn from."""
         chosen = frozenset(prompts.choose_shots(self.source, self.settings.shots or None, self.settings.seed))
         observer.begin("Encoding", len(chosen))
-        return prompts.encode_source(self.vlm, self.source, keep=chosen.__contains__, on_images=counted(observer))
+        keep, seed = chosen.__contains__, self.settings.seed
+        return prompts.encode_source(self.vlm, self.source, keep=keep, seed=seed, on_images=counted(observer))
 
     def _tuned(
         self, learner: nn.Module, beside: Beside | None, shots: Features, observer: Observer
@@ -204,7 +205,7 @@ class PromptWork:
     def _encoded(self, source: DataSource, name: str, observer: Observer) -> Features:
         ids = source.ids()
         observer.begin(f"Encoding {name}", None if ids is None else len(ids))
-        return prompts.encode_source(self.vlm, source, on_images=counted(observer))
+        return prompts.encode_source(self.vlm, source, seed=self.settings.seed, on_images=counted(observer))
 
     def _measures(self, known: Features, unknown: dict[str, Features], texts: Tensor) -> PromptMeasures:
         labelled = known.labels != UNKNOWN

@@ -206,6 +206,17 @@ def test_features_do_not_depend_on_the_batch_size(tiny: VLM) -> None:
         encode_source(tiny, Dots(unreadable=True))
 
 
+def test_a_random_encoder_gives_the_same_features_again(tiny: VLM) -> None:
+    noisy = smooth(tiny, 0.5, n0=2)
+    first = encode_source(noisy, Dots(), batch_size=4)
+    torch.rand(3)
+    before = torch.get_rng_state()
+    assert torch.equal(encode_source(noisy, Dots(), batch_size=4).features, first.features)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not torch.equal(encode_source(noisy, Dots(), batch_size=4, seed=1).features, first.features)
+    assert len({tuple(row) for row in first.features.tolist()}) == 10  # black images all, and other noise for each
+
+
 def test_a_model_of_transformers_text_is_told_from_one_without_embeddings() -> None:
     clip = text_tower(load_model("tiny"))
     del clip.model.token_embedding
