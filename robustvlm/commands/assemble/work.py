@@ -73,30 +73,45 @@ class BuildWork:
 
 @contextmanager
 def _given_back(folder: Path) -> Iterator[None]:
-    """Put an earlier pipeline of the folder aside, and back if the new one cannot be made."""
+    """Put an earlier pipeline of the folder aside, and back if the new one cannot be made.
+
+    The card goes first and comes back last: whenever this is killed, a folder with a card is whole, and what lies aside
+    is what is missing without one.
+    """
     aside = folder / ".before"
-    if aside.exists():  # of a session that was killed: whole, unless it had come to an end
-        if not (folder / CARD_NAME).exists():
+    if aside.exists():  # of a session that was killed; it is no longer needed where the new one had come to an end
+        if (folder / CARD_NAME).exists() and (folder / PARTS).exists():
+            shutil.rmtree(aside)
+        else:
             _moved_back(aside, folder)
-        shutil.rmtree(aside)
     aside.mkdir()
-    earlier = [name for name in (PARTS, CARD_NAME, NAME, CHECKSUMS) if (folder / name).exists()]
-    for name in earlier:
-        (folder / name).rename(aside / name)
+    begun = False
     try:
+        for name in (CARD_NAME, PARTS, NAME, CHECKSUMS):
+            if (folder / name).exists():
+                (folder / name).rename(aside / name)
+        begun = True
         yield
     except BaseException:
+        if begun:  # a card of the new one may be there already
+            (folder / CARD_NAME).unlink(missing_ok=True)
         _moved_back(aside, folder)
         raise
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def _moved_back(aside: Path, folder: Path) -> None:
-    if (folder / PARTS).exists():
+    """Give a folder what lies aside, in place of what a build that was not finished has left there."""
+    put_aside = (aside / CARD_NAME).exists()
+    if put_aside:
+        (folder / CARD_NAME).unlink(missing_ok=True)
+    # Parts are of the new one where others lie aside, or no card at all says whose they are.
+    new = (aside / PARTS).exists() or not (put_aside or (folder / CARD_NAME).exists())
+    if new and (folder / PARTS).exists():
         shutil.rmtree(folder / PARTS)
-    for path in aside.iterdir():
+    for path in sorted(aside.iterdir(), key=lambda path: path.name == CARD_NAME):
         path.replace(folder / path.name)
+    aside.rmdir()
 
 
 def open_work(settings: BuildSettings) -> BuildWork:

@@ -214,6 +214,61 @@ def test_the_run_of_a_build_can_be_given_again(tmp_path: Path) -> None:
     assert not (tmp_path / "runs" / "whole" / "parts" / "purify").exists()
 
 
+ASIDE = ("model.json", "parts", "summary.json", "checksums.json")
+
+
+@pytest.mark.parametrize("stopped", [0, 1, 2, 3])
+def test_a_build_stopped_while_it_puts_the_earlier_one_aside_leaves_that_one(
+    stopped: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = {"purify": purified(tmp_path / "p"), "smooth": "0.25:2", "out": tmp_path / "runs", "name": "whole"}
+    folder = build(ENCODER, **recipe).folder
+    before, rename, moved = logits(str(folder), images()), Path.rename, []
+
+    def renamed(path: Path, target: Path) -> Path:
+        if target.parent.name != ".before":
+            return rename(path, target)
+        moved.append(path.name)
+        if len(moved) > stopped:
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rename", renamed)
+        with pytest.raises(KeyboardInterrupt):
+            build(ENCODER, **recipe)
+    assert tuple(moved) == ASIDE[: stopped + 1]
+    assert torch.equal(logits(str(folder), images()), before)
+    assert not (folder / ".before").exists()
+
+
+@pytest.mark.parametrize("aside", [ASIDE[:count] for count in range(5)] + [("parts",)])
+def test_a_build_killed_on_the_way_loses_nothing_of_the_earlier_one(
+    aside: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next one finds whatever lay aside at the kill, and cannot be made itself."""
+    recipe = {"purify": purified(tmp_path / "p"), "smooth": "0.25:2", "out": tmp_path / "runs", "name": "whole"}
+    folder = build(ENCODER, **recipe).folder
+    before = logits(str(folder), images())
+    (folder / ".before").mkdir()
+    for name in aside:
+        (folder / name).rename(folder / ".before" / name)
+    if len(aside) == 4:
+        (folder / "parts").mkdir()  # the new one had begun
+        (folder / "parts" / "half").write_text("")
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("robustvlm.commands.assemble.work.build_pipeline", full)
+    with pytest.raises(UserError, match="is full"):
+        build(ENCODER, **recipe)
+    assert torch.equal(logits(str(folder), images()), before)
+    assert {path.name for path in folder.iterdir()} >= set(ASIDE)
+    assert not (folder / ".before").exists()
+    assert not (folder / "parts" / "half").exists()
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
