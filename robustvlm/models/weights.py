@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from robustvlm.core.files import require_regular
 from robustvlm.core.network import download_seconds, within
-from robustvlm.errors import UserError
+from robustvlm.errors import UserError, setting
 from robustvlm.text import without_secrets
 
 # Reading checkpoints without running code from them
@@ -82,7 +82,8 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
 def stored_weights(state: Mapping[str, torch.Tensor], *, half: bool = False) -> dict[str, torch.Tensor]:
     """Return weights as they are written: on the CPU, each with memory of its own, with 16 bits if `half`.
 
-    Those that need no change are not copied: a large model would be in memory twice.
+    Those that need no change are not copied: a large model would be in memory twice. UserError for values beyond
+    65,504, which 16 bits would make infinite.
 
     Example:
         >>> whole = torch.zeros(4)
@@ -93,12 +94,33 @@ def stored_weights(state: Mapping[str, torch.Tensor], *, half: bool = False) -> 
     found: dict[str, torch.Tensor] = {}
     taken: set[int] = set()
     for name, given in state.items():
-        tensor = (given.half() if half and given.is_floating_point() else given).detach().cpu().contiguous()
+        tensor = (_halved(name, given) if half and given.is_floating_point() else given).detach().cpu().contiguous()
         memory = tensor.untyped_storage()
         if memory.data_ptr() in taken or memory.nbytes() != tensor.nbytes:
             tensor = tensor.clone()
         taken.add(tensor.untyped_storage().data_ptr())
         found[name] = tensor
+    return found
+
+
+def require_half(weights: Mapping[str, torch.Tensor]) -> None:
+    """Refuse weights of which 16 bits cannot hold one.
+
+    Example:
+        >>> require_half({"a": torch.tensor([65504.0])})
+    """
+    for name, tensor in weights.items():
+        if tensor.is_floating_point():
+            _halved(name, tensor)
+
+
+def _halved(name: str, given: torch.Tensor) -> torch.Tensor:
+    found = given.half()
+    if not torch.equal(found.isfinite(), given.isfinite()):
+        largest = given.flatten()[given.nan_to_num(0, 0, 0).abs().argmax()].item()
+        raise UserError(
+            f"'{name}' holds a value of {largest:g}, which 16 bits would make infinite: leave out {setting('half')}"
+        )
     return found
 
 

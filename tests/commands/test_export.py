@@ -144,6 +144,20 @@ def test_half_is_half(save: Callable[..., Path], tmp_path: Path) -> None:
     assert load_model(f"transformers:{tmp_path / 'out'}").encode_text(["a cat"]).dtype == torch.float32
 
 
+@pytest.mark.parametrize("to", ["open_clip", "transformers"])
+def test_weights_that_half_cannot_hold_are_refused(save: Callable[..., Path], tmp_path: Path, to: str) -> None:
+    if to == "transformers":
+        pytest.importorskip("transformers", minversion="4.57")
+    source = save()
+    weights = load_file(source / "open_clip_model.safetensors")
+    weights["visual.proj"][0, 0] = -1e5
+    save_file(weights, source / "open_clip_model.safetensors")
+    name = "visual.proj" if to == "open_clip" else "visual_projection.weight"
+    with pytest.raises(UserError, match=f"'{name}' holds a value of -100000, .* infinite: leave out half"):
+        export(str(source), tmp_path / "out", to=to, half=True)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("vision", "text_cfg", "preprocess", "said"),
     [

@@ -20,7 +20,7 @@ from robustvlm.models.clip_to_transformers import LAYOUT, translate
 from robustvlm.models.export import COPIED, as_clip, clip_config, rewritten, write_clip_folder
 from robustvlm.models.transformers_files import CONFIG, WEIGHTS
 from robustvlm.models.transformers_vlm import TowerVLM, TransformersVLM
-from robustvlm.models.weights import CONFIG_NAME, WEIGHT_NAMES, stored_weights
+from robustvlm.models.weights import CONFIG_NAME, WEIGHT_NAMES, require_half, stored_weights
 
 Exported = ClipVLM | TransformersVLM | TowerVLM
 
@@ -62,7 +62,7 @@ def export(
 
     Raises:
         UserError: the model is neither of open_clip nor of transformers, or one that the other cannot express; `out`
-            holds anything else; a run is not of this model.
+            holds anything else; a run is not of this model; 16 bits cannot hold a weight.
 
     Example:
         >>> import tempfile
@@ -119,6 +119,8 @@ def _as_open_clip(given: Exported, half: bool) -> tuple[Callable[[Path], None], 
             f"with {setting('to', 'transformers')}"
         )
     vlm = as_clip(given) if isinstance(given, TransformersVLM) else given
+    if half:
+        require_half(vlm.model.state_dict())  # before anything is written
 
     def write(folder: Path) -> None:
         write_clip_folder(vlm, folder, half=half)
