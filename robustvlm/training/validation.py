@@ -248,7 +248,8 @@ def validation_images(
 def held_out(source: DataSource, ids: list[str], limit: int) -> set[str]:
     """Return the ids to validate on: a tenth of the images, `limit` at most, chosen by a hash of their groups.
 
-    Images of one group (copies of one drawing) stay together, so that none is trained on beside its twin.
+    Images of one group (copies of one drawing) stay together, so that none is trained on beside its twin. Where there
+    is room for no group at all, nothing is chosen.
 
     Example:
         >>> from robustvlm.data import open_data
@@ -257,13 +258,34 @@ def held_out(source: DataSource, ids: list[str], limit: int) -> set[str]:
         >>> len(chosen), len({source.group(name) for name in chosen})
         (10, 5)
     """
+    members, room = _members(source, ids), min(limit, int(_SHARE * len(ids)))
+    chosen: set[str] = set()
+    for group in select(members, None):
+        if len(chosen) + len(members[group]) <= room:
+            chosen.update(members[group])
+        elif chosen:  # smaller groups behind it stay in training, as ever: another choice would be another run
+            break
+    return chosen
+
+
+def some_held_out(source: DataSource, ids: list[str], limit: int, *, data: str) -> set[str]:
+    """Return what `held_out` chooses; a UserError where that is nothing, which names the data as they were given."""
+    chosen = held_out(source, ids, limit)
+    if chosen:
+        return chosen
+    least = min(map(len, _members(source, ids).values()), default=0)
+    if limit < least <= int(_SHARE * len(ids)):
+        raise UserError(
+            f"the images of '{data}' belong together in groups of {least} or more, which are held out whole, and "
+            f"{setting('val_limit')} is {limit}: pass {setting('val_limit', str(least))} or more, or "
+            f"{setting('val', 'DATA')}"
+        )
+    raise UserError(f"'{data}' is too small ({len(ids)} images) to hold a part out: pass {setting('val', 'DATA')}")
+
+
+def _members(source: DataSource, ids: list[str]) -> dict[str, list[str]]:
+    """Return the ids of each group, groups and ids in their order."""
     members: dict[str, list[str]] = {}
     for name in ids:
         members.setdefault(source.group(name), []).append(name)
-    room = min(limit, int(_SHARE * len(ids)))
-    chosen: set[str] = set()
-    for group in select(members, None):
-        if len(chosen) + len(members[group]) > room:
-            break
-        chosen.update(members[group])
-    return chosen
+    return members

@@ -42,7 +42,7 @@ from robustvlm.report.training import told
 from robustvlm.runs.manifest import run_identity
 from robustvlm.runs.run import Facts, FinishedRun, Session
 from robustvlm.training.history import Warned
-from robustvlm.training.validation import FeatureValidation, ZeroShotValidation, held_out, validation_images
+from robustvlm.training.validation import FeatureValidation, ZeroShotValidation, some_held_out, validation_images
 
 # What a fine-tuning run does, in one process or in several
 
@@ -135,12 +135,7 @@ class FinetuneWork:
         if self.val is not None:
             held = validation_images(self.val, size=framing, limit=limit, labelled=labelled)
         else:
-            chosen = held_out(self.source, ids, limit)
-            if not chosen:
-                raise UserError(
-                    f"'{self.settings.data}' is too small ({len(ids)} images) to hold a part out: "
-                    f"pass {setting('val', 'DATA')}"
-                )
+            chosen = some_held_out(self.source, ids, limit, data=self.settings.data)
             held = validation_images(self.source, size=framing, limit=limit, only=chosen, labelled=labelled)
             ids = [name for name in ids if name not in chosen]
         images = learning.TrainingImages(

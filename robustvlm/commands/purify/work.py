@@ -36,7 +36,7 @@ from robustvlm.runs.manifest import run_identity
 from robustvlm.runs.run import Facts, FinishedRun, Session
 from robustvlm.stats import worth_of
 from robustvlm.training.history import History
-from robustvlm.training.validation import held_out
+from robustvlm.training.validation import some_held_out
 
 RESULTS = (report.NAME,)
 _AHEAD = 4
@@ -204,11 +204,7 @@ def _images(
     """
     ids = training.ids_of(source)
     ids = select(ids, settings.limit) if settings.limit is not None else ids
-    chosen = held_out(source, ids, settings.val_limit) if val is None else set()
-    if val is None and not chosen:
-        raise UserError(
-            f"'{settings.data}' is too small ({len(ids)} images) to hold a part out: pass {setting('val', 'DATA')}"
-        )
+    chosen = some_held_out(source, ids, settings.val_limit, data=settings.data) if val is None else set()
     images = training.TrainingImages(
         source,
         size=encoder.framing,
