@@ -159,6 +159,12 @@ def test_two_ranks_train_what_one_would(make_folder: Callable[..., Path], tmp_pa
 
 def test_the_stages_can_be_made_one_after_the_other(prepare: Callable[..., Run]) -> None:
     first = prepare("first", only="purifier")
+def test_parts_of_one_image_are_taken_where_no_statistic_is_asked_of_them(prepare: Callable[..., Run]) -> None:
+    assert prepare("purifier", only="purifier", batch_size=1).work.stages.purifier.batch_size == 1
+    plain = prepare("mapper", only="mapper", batch_size=1, mapper_steps=1, statistics_weight=0.0)
+    assert plain.start().summary.steps == 1
+
+
     first.start()
     second = prepare("second", model=str(first.folder.path), only="mapper")
     assert second.start().summary.method == "mapper"

@@ -121,8 +121,7 @@ class PurifyWork:
 def open_work(settings: PurifySettings) -> PurifyWork:
     """Check all settings, open the data and load the encoder."""
     stages, ranks = stages_of(settings), current_ranks()
-    for stage in stages.trained:
-        stages.config(stage).part_size(ranks.size)
+    stages.check_parts(ranks.size)
     device = device_of_rank(resolve_device(settings.device), ranks)
     source, val = open_data(settings.data), None if settings.val is None else open_data(settings.val)
     require_unseen_validation(val, source, val_limit=settings.val_limit, limit=settings.limit)

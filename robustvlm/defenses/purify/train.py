@@ -326,6 +326,17 @@ class PurifySettings:
         """Return the engine's settings of a stage."""
         return self.purifier if stage == "purifier" else self.mapper
 
+    def check_parts(self, ranks: int) -> None:
+        """Refuse batches that so many processes cannot share, and parts of one image, which have no mean and spread."""
+        for stage in self.trained:
+            seen = self.config(stage).part_size(ranks) * ranks
+            if stage == "mapper" and seen < 2 and self.mapper_weights.statistics:
+                raise UserError(
+                    f"{setting('statistics_weight')} is of mean and spread over the images of a part, and the mapper's "
+                    f"parts hold one: pass a larger {setting('batch_size')}, a smaller {setting('accumulate')}, or "
+                    f"{setting('statistics_weight', '0')}"
+                )
+
 
 Observe = Callable[[Stage], TrainingObserver | None]
 
@@ -361,6 +372,7 @@ def train_parts(
         UserError: the encoder is smoothed, or already has a purifier and would get another; whatever the engine raises.
     """
     check_encoder(encoder, settings)
+    settings.check_parts((ranks or Ranks()).size)
     device, levels = encoder.device, settings.levels
     held_out = held_out.to(device)
     observe = observe or (lambda _: None)
