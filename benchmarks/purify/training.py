@@ -40,6 +40,8 @@ def trained(
 ) -> Path:
     """Return the run folder of a purifier and mapper for an encoder, or of one; train them if they are not there."""
     name = re.sub(r"[^A-Za-z0-9]+", "-", f"purify-{only or 'both'}-{label}-seed{seed}-{steps}").strip("-")
+    lengths = {} if only == "mapper" else {"steps": steps}
+    lengths |= {} if only == "purifier" else {"mapper_steps": mapper_steps}
     run = PURIFY.start(
         observer=Heard(),
         out=out,
@@ -48,12 +50,11 @@ def trained(
         data=data,
         sigma=list(SIGMAS),
         only=only,
-        steps=steps,
-        mapper_steps=mapper_steps,
         batch_size=32,
         limit=10_000,
         precision=precision,
         seed=seed,
         validate_every=0,
+        **lengths,
     )
     return run.folder

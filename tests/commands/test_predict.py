@@ -279,3 +279,5 @@ def test_mistakes_name_arguments(
 def test_a_loaded_classifier_takes_no_classes(photos: Path) -> None:
     with pytest.raises(rv.UserError, match="has its classes and prompts already"):
         rv.predict(colours(), photos, classes=NAMES)
+    with pytest.raises(rv.UserError, match="device is for a spec; the classifier is on one already: move it with"):
+        rv.predict(colours(), photos, device="cpu")

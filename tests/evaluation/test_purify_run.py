@@ -33,7 +33,9 @@ def prepare(make_folder: Callable[..., Path], tmp_path: Path) -> Callable[..., R
     photos = make_folder()
 
     def make(name: str = "run", model: str = ENCODER, **settings: Any) -> Run:
-        few = {"steps": 6, "mapper_steps": 5, "batch_size": 8, "val_limit": 3, "sigma": [0.25, 0.5]}
+        few = {"batch_size": 8, "val_limit": 3, "sigma": [0.25, 0.5]}
+        few |= {} if settings.get("only") == "mapper" or "denoiser" in settings else {"steps": 6}
+        few |= {} if settings.get("only") == "purifier" else {"mapper_steps": 5}
         place = {"out": tmp_path / "runs", "name": name, "checkpoint_every": 1}
         given = {"model": model, "data": f"imagefolder:{photos}"} | few | place | settings
         return Run(PURIFY, PurifySettings(**given))
@@ -157,14 +159,14 @@ def test_two_ranks_train_what_one_would(make_folder: Callable[..., Path], tmp_pa
     assert all(torch.allclose(one[name], two[name], atol=1e-3) for name in one)
 
 
-def test_the_stages_can_be_made_one_after_the_other(prepare: Callable[..., Run]) -> None:
-    first = prepare("first", only="purifier")
 def test_parts_of_one_image_are_taken_where_no_statistic_is_asked_of_them(prepare: Callable[..., Run]) -> None:
     assert prepare("purifier", only="purifier", batch_size=1).work.stages.purifier.batch_size == 1
     plain = prepare("mapper", only="mapper", batch_size=1, mapper_steps=1, statistics_weight=0.0)
     assert plain.start().summary.steps == 1
 
 
+def test_the_stages_can_be_made_one_after_the_other(prepare: Callable[..., Run]) -> None:
+    first = prepare("first", only="purifier")
     first.start()
     second = prepare("second", model=str(first.folder.path), only="mapper")
     assert second.start().summary.method == "mapper"
@@ -227,6 +229,16 @@ def test_another_denoiser_of_the_same_name_makes_another_run(
         ({"model": f"{ENCODER}+smooth:0.25"}, "is smoothed already: purify 'small_encoders:Encoder'"),
         ({"denoiser": "blur"}, "module:callable"),
         ({"limit": 5}, "too small"),
+        (
+            {"data": "emoji?split=train", "val_limit": 3},
+            "groups of 4 or more, .* pass val_limit=4 or more, or val=DATA",
+        ),
+        ({"only": "mapper", "steps": 6}, "steps is for training a purifier, and none is trained here: leave it out"),
+        ({"only": "mapper", "feature_weight": 1.0}, "feature_weight is for training a purifier"),
+        ({"denoiser": "blur:blur", "size": "small"}, "size is for training a purifier"),
+        ({"only": "purifier", "mapper_lr": 0.1}, "mapper_lr is for training a mapper"),
+        ({"batch_size": 1}, "statistics_weight is of mean and spread .* hold one: pass a larger batch_size"),
+        ({"batch_size": 2, "accumulate": 2, "only": "mapper"}, "statistics_weight=0"),
         (
             {"data": "emoji?copies=1", "val": "emoji?copies=2", "val_limit": 900},
             "278 images of --val .* trained on, or",

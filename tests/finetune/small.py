@@ -94,7 +94,8 @@ def prepared(out: Path, **settings: Any) -> Run:
     """Return a short run on the pictures beside `out`."""
     data = out / "pictures"
     spec = f"imagefolder:{data}" if data.exists() else pictures(data)
-    defaults = {"model": OWN, "data": spec, "method": "tecoa", "eps": "8/255", "inner_steps": 2}
+    defaults = {"model": OWN, "data": spec, "method": "tecoa", "eps": "8/255"}
+    defaults |= {} if settings.get("method") == "clean" else {"inner_steps": 2}
     defaults |= {"steps": 12, "batch_size": 8, "lr": 0.01, "val_steps": 3, "validate_every": 4, "device": "cpu"}
     defaults |= {"out": out, "name": "run", "checkpoint_every": 5}
     command = settings.pop("command", "robustvlm finetune")

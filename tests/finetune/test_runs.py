@@ -263,6 +263,12 @@ def test_the_report_shows_the_record_and_escapes_names(tmp_path: Path) -> None:
         ({"batch_size": 9, "accumulate": 2}, "cannot be cut into"),
         ({"limit": 0}, "limit must be at least 1 image"),
         ({"limit": 4}, "too small .4 images. to hold a part out: pass val=DATA"),
+        (
+            {"data": "emoji?split=train", "val_limit": 1},
+            "groups of 4 or more, .* pass val_limit=4 or more, or val=DATA",
+        ),
+        ({"method": "clean", "inner_steps": 5}, "inner_steps is of the inner attack, and 'clean' makes none: leave it"),
+        ({"method": "clean", "alpha": "1/255"}, "alpha is of the inner attack, and 'clean' makes none"),
         ({"val_limit": -5}, "val_limit must be at least 1 image, got -5"),
         ({"val_steps": 0}, "val_steps must be at least 1 PGD step, got 0"),
         ({"warmup": float("nan")}, "warmup must not be negative, and must be finite"),

@@ -185,6 +185,9 @@ def open_work(settings: FinetuneSettings) -> FinetuneWork:
         seed=settings.seed,
     )
     require_teachable(settings.method, settings.teacher is not None)
+    if not methods.find_method(settings.method).attacked:
+        unused = f"is of the inner attack, and '{settings.method}' makes none: leave it out"
+        settings.require_usual(("inner_steps", "alpha"), unused)
     learning.parse_augmentation(settings.augment)
     training.part_size(ranks.size)
     device = device_of_rank(resolve_device(settings.device), ranks)

@@ -107,7 +107,8 @@ def predict(
         images: files, folders or patterns; leave it out for `data="imagefolder:photos"` and the like.
         classes: a file of class names, or the names themselves; not needed for a model that knows its own, nor with
             data that has them.
-        options: data, templates, top, alpha, limit, seed, batch_size, device; `to` and `format` write a file as well.
+        options: data, templates, top, alpha, limit, seed, batch_size, device; `to` and `format` write a file as well. A
+            classifier that is given has its classes, templates and device already: these are refused beside it.
 
     Raises:
         UserError: wrong options, no classes, no image, or none that can be read.

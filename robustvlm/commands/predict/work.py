@@ -135,6 +135,9 @@ class Work:
         else:
             if names or settings.classes or settings.templates:
                 raise UserError("the classifier has its classes and prompts already: leave out classes and templates")
+            settings.require_usual(
+                ("device",), "is for a spec; the classifier is on one already: move it with .to(device)"
+            )
             self.classifier, self.source = classifier, self._unlabelled()
         self._smoothed = next((part for part in self.classifier.modules() if isinstance(part, SmoothedVLM)), None)
         self._require_abstaining()

@@ -40,6 +40,10 @@ from robustvlm.training.validation import some_held_out
 
 RESULTS = (report.NAME,)
 _AHEAD = 4
+_OF_STAGE: Mapping[train.Stage, tuple[str, ...]] = {
+    "purifier": ("size", "steps", "lr", "feature_weight", "pixel_weight", "diffusion_weight"),
+    "mapper": ("mapper_steps", "mapper_lr", "statistics_weight"),
+}
 
 read_run, report_of, write_report = report.load_training_run, report.training_report, report.write_training_report
 
@@ -155,7 +159,9 @@ def open_work(settings: PurifySettings) -> PurifyWork:
 
 
 def stages_of(settings: PurifySettings) -> Stages:
-    """Return the settings of the two stages; UserError for values out of range, unknown words, or nothing to train.
+    """Return the settings of the two stages.
+
+    Raises UserError for values out of range, unknown words, nothing to train, and options of a stage left out.
 
     Example:
         >>> stages_of(PurifySettings(sigma=[0.5, 0.25])).levels
@@ -176,7 +182,7 @@ def stages_of(settings: PurifySettings) -> Stages:
     else:
         settings.require_none(("norm", "inner_steps"), f"has no effect without {setting('eps')}")
     engine = {"final_lr": 0.01, "weight_decay": 0.01, **{name: getattr(settings, name) for name in same}}
-    return Stages(
+    stages = Stages(
         levels=NoiseLevels.of(settings.sigma),
         stages=tuple(stage for stage in train.STAGES if only in (None, stage)),
         denoiser=settings.denoiser,
@@ -192,6 +198,10 @@ def stages_of(settings: PurifySettings) -> Stages:
         mapper_weights=train.MapperWeights(statistics=settings.statistics_weight),
         attack=attack,
     )
+    for stage, names in _OF_STAGE.items():
+        if stage not in stages.trained:
+            settings.require_usual(names, f"is for training a {stage}, and none is trained here: leave it out")
+    return stages
 
 
 def _images(
