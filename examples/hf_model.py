@@ -1,6 +1,6 @@
 """A CLIP of the transformers library: clean and robust accuracy on the bundled images or yours.
 
-    pip install 'robustvlm[hub]'
+    pip install '.[hub]'                                  # in a checkout
     python hf_model.py                                    # openai/clip-vit-base-patch32, from the hub
     python hf_model.py path/to/folder imagefolder:photos  # as save_pretrained writes it, on your images
 

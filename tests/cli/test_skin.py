@@ -117,6 +117,40 @@ def test_an_audit_announces_the_code_that_its_run_names(call: Call) -> None:
     assert "note: running code: importing 'own_encoders:Mean', named by the manifest of 'runs/c'" in audited.err
 
 
+SQUARES = """
+from PIL import Image
+from robustvlm.data import DataSource, Sample
+class Squares(DataSource):
+    def __init__(self):
+        super().__init__("squares", ["red", "blue"])
+    def ids(self):
+        return ["a", "b"]
+    def _stream(self, keep):
+        for number, name in enumerate(self.ids()):
+            if keep(name):
+                yield Sample(name, Image.new("RGB", (8, 8), ("red", "blue")[number]), number)
+"""
+
+
+def test_an_audit_announces_data_and_gallery_that_are_code(
+    call: Call, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (place / "own_squares.py").write_text(SQUARES)
+    monkeypatch.delitem(sys.modules, "own_squares", raising=False)
+    shared = ["certify", "own_encoders:Mean", "--samples", "200"]
+    assert call(*shared, "--data", "own_squares:Squares", "--name", "d").code == 0
+    recall = ["--claim", "recall", "--top", "1", "--gallery", "own_squares:Squares", "--limit", "1"]
+    ended = call(*shared, "--data", "imagefolder:photos", *recall, "--name", "g")
+    assert ended.code == 0, ended.err
+    assert "named by" not in ended.err  # the user named it
+    for name in ("d", "g"):
+        audited = call("certify", "--audit", name, "--audit-starts", "1", "--audit-steps", "1")
+        assert f"importing 'own_squares:Squares', named by the manifest of 'runs/{name}'" in audited.err
+    refused = call("certify", "--audit", "d", "--no-code")
+    assert refused.code == 2
+    assert "named by the manifest of 'runs/d', is code, and code is refused" in only_line(refused.err)
+
+
 def test_names_of_others_cannot_steer_the_terminal(call: Call, place: Path) -> None:
     for name in ("red", "blue"):
         (place / "photos" / name).rename(place / "photos" / f"{name}[link=x] :cat:")

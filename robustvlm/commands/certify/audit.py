@@ -204,16 +204,16 @@ def audit_folder(
     """
     run = load_certify_run(folder)
     effort = effort or Effort()
-    source = open_data(
-        run.config.data, classes=_path(run.config.classes), templates=_path(run.config.templates),
-        tree=_path(run.config.tree),
-    )  # fmt: skip
     with named_by(f"the manifest of '{folder}'"):
+        source = open_data(
+            run.config.data, classes=_path(run.config.classes), templates=_path(run.config.templates),
+            tree=_path(run.config.tree),
+        )  # fmt: skip
         vlm = behind(load_pipeline(run.config.model, device=device), run.config.against)
         vlm, claim = certified_model(vlm, run.config, source.class_names), find_claim(run.config.claim)
-    if not claim.quantity:
-        raise UserError(f"certificates of the claim '{run.config.claim}' cannot be audited: it names no quantity")
-    gallery = open_gallery(run.config, vlm, source)
+        if not claim.quantity:
+            raise UserError(f"certificates of the claim '{run.config.claim}' cannot be audited: it names no quantity")
+        gallery = open_gallery(run.config, vlm, source)
     _require_same_model(run, vlm, source, gallery)
     _require_same_texts(run, source, claim)
     encoder = NoisyEncoder(vlm, precision=run.config.precision)
