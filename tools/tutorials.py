@@ -35,9 +35,11 @@ PAGES = ROOT / "docs/tutorials"
 OUT = ROOT / "build/notebooks"
 SKIP = "skip-execution"
 INSTALL = """\
-# On Colab or a bare machine; where robustvlm is there already, this changes nothing.
-# From a wheel that you uploaded: %pip install --quiet ./robustvlm-*.whl
-%pip install --quiet robustvlm"""
+# On Colab or a bare machine: upload the wheel that `make packaging` leaves in dist/ first, as there is no release yet.
+import importlib.util
+
+if importlib.util.find_spec("robustvlm") is None:
+    %pip install --quiet ./robustvlm-*.whl"""
 
 _BLOCK = re.compile(
     r"^(?:<!-- in the tests: (?P<trial>[^\n]+) -->\n)?```(?P<kind>sh|python)\n(?P<code>.*?)^```$"
