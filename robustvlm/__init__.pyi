@@ -610,7 +610,7 @@ def immunize(
             the held-out images; or s-dis, with --lambda-inf.
         lambda_inf: Weight of antibodies in S_DIS (--rule s-dis).
         kappa: Concentration in training: model (its temperature) or class (vMF estimates).
-        miss: Share of known images that thresholds reject.
+        miss: Share of known images, classified right, that thresholds reject.
         min_images: Held-out images, classified right, that a threshold of its own needs.
         thresholds: equal-miss, density (classes of few images by the names around theirs), pooled (one), or least-
             fpr.

@@ -115,7 +115,7 @@ class ImmunizeSettings(Settings):
         LAMBDA_INF, "Weight of antibodies in S_DIS (--rule s-dis).", at_least=0, group="Antibodies"
     )
     kappa: str = option("model", "Concentration in training: model (its temperature) or class (vMF estimates).")
-    miss: float = option(0.05, "Share of known images that thresholds reject.", group="Thresholds")
+    miss: float = option(0.05, "Share of known images, classified right, that thresholds reject.", group="Thresholds")
     min_images: int = option(
         30, "Held-out images, classified right, that a threshold of its own needs.", at_least=1, group="Thresholds"
     )
