@@ -40,7 +40,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--guided", type=float, default=0.0, help="weight of the divergence from tiny's clean answers")
     parser.add_argument("--start", choices=("tiny", "tiny-robust"), default="tiny", help="the model to train on from")
     parser.add_argument("--out", type=Path, default=OUT)
-    parser.add_argument("--work", type=Path, default=WORK, help="checkpoints; resumed from when there are any")
+    parser.add_argument("--work", type=Path, help="checkpoints; resumed from when there are any")
     parser.add_argument("--validate-every", type=int, default=100)
     return parser.parse_args()
 
@@ -67,6 +67,7 @@ def main() -> None:
     options = parse_arguments()
     torch.set_flush_denormal(True)
     vlm = load_model(options.start)
+    before = (OUT / "training.json").read_text(encoding="utf-8")  # now: OUT may be where the new one goes
     assert isinstance(vlm, ClipVLM)
     vlm.to(memory_format=torch.channels_last)
     vlm.model.visual.requires_grad_(True)
@@ -93,16 +94,19 @@ def main() -> None:
         validate_every=options.validate_every,
         checkpoint_every=20,
     )
-    options.work.mkdir(parents=True, exist_ok=True)
+    work = options.work or WORK / f"from-{options.start}-seed-{options.seed}"  # a round must not go on with another's
+    work.mkdir(parents=True, exist_ok=True)
     data = SpriteData(taxonomy, seed=options.seed)
-    history = Trainer(task, data, config, observer=Lines()).fit(options.work)
+    history = Trainer(task, data, config, observer=Lines()).fit(work)
     network.save(vlm.model, options.out)
     shutil.copy(network.BPE, options.out)
     best = history.best()
+    earlier = json.loads(before) if options.start != "tiny" else {}
     record = {
         "command": " ".join(["python", "-m", "tools.train_tiny_robust", *sys.argv[1:]]),
         "options": {key: value for key, value in vars(options).items() if not isinstance(value, Path)},
         "started_from": options.start,
+        "before": [*earlier.get("before", []), earlier["command"]] if earlier else [],
         "train_sprites": len(data.batches_of.sprites.styles),
         "train_styles": sorted(set(data.batches_of.sprites.styles)),
         "trained": "the vision tower; the text tower is that of tiny",

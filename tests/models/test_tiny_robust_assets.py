@@ -67,7 +67,9 @@ def test_training_record_names_command_and_figures() -> None:
     record = json.loads((FOLDER / "training.json").read_text(encoding="utf-8"))
     assert record["command"].startswith("python -m tools.train_tiny_robust")
     assert not {"twemoji", "streamline-emojis"} & set(record["train_styles"])
-    assert record["options"]["seed"] == 0
+    assert f"--seed {record['options']['seed']}" in record["command"]
+    assert all(one.startswith("python -m tools.train_tiny_robust") for one in record["before"])
+    assert bool(record["before"]) == (record["started_from"] == "tiny-robust")
     assert 0 < record["validation"]["robust accuracy"] < record["validation"]["clean accuracy"]
 
 
