@@ -137,18 +137,25 @@ def _new_labels(old: Sequence[str], new: Sequence[str]) -> Tensor:
 
 
 def read_images(source: DataSource, size: int, ids: Sequence[str] | None = None) -> Images:
-    """Return the images of known classes, all of them or those of some ids."""
+    """Return the images of known classes: all of them, or those of some ids in the order of these.
+
+    The first few of chosen ids are what is attacked; in a source's own order they would be of its first classes.
+    """
     keep = None if ids is None else set(ids).__contains__
     found = [item for item in source.samples(keep=keep) if isinstance(item, Sample) and item.label != UNKNOWN]
+    if ids is not None:
+        place = {name: i for i, name in enumerate(ids)}
+        found.sort(key=lambda item: place[item.id])
     pixels = torch.stack([to_pixels(item.image, size) for item in found])
     return Images(pixels, torch.tensor([item.label for item in found]), tuple(item.id for item in found))
 
 
 def _some(images: Images, wanted: Tensor, limit: int) -> Images:
-    """Return `limit` of the wanted images, chosen by their ids."""
-    chosen = set(select([name for name, take in zip(images.ids, wanted.tolist(), strict=True) if take], limit))
-    rows = [i for i, name in enumerate(images.ids) if name in chosen]
-    return Images(images.pixels[rows], images.labels[rows], tuple(images.ids[i] for i in rows))
+    """Return `limit` of the wanted images, chosen by their ids and in the order drawn by these."""
+    row = {name: i for i, (name, take) in enumerate(zip(images.ids, wanted.tolist(), strict=True)) if take}
+    chosen = select(list(row), limit)
+    rows = [row[name] for name in chosen]
+    return Images(images.pixels[rows], images.labels[rows], tuple(chosen))
 
 
 def _of_classes(images: Images, old: Sequence[str], new: Sequence[str], limit: int) -> Images:

@@ -4,8 +4,8 @@ r"""Settings of the methods on validation data: what the defaults and the explan
         tecoa tree tree:depth=2 tree:negatives=False,vicinity=0 ucat:weight=10
 
 A trial is a variant of the benchmark, with changes after a colon, tuned as there. It is measured on training images of
-CIFAR-10 that are not trained on, or on the bundled set's validation style; no test image is seen. Outcomes are kept in
---out and not made again.
+CIFAR-10 that no trial is tuned on (the base model was trained on all of them), or on the bundled set's validation
+style, which nothing was trained on; no test image is seen. Outcomes are kept in --out and not made again.
 """
 
 from __future__ import annotations

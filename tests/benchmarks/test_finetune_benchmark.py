@@ -20,14 +20,14 @@ from benchmarks.finetune.kept import kept, made_with
 from benchmarks.finetune.lit_model import emoji_tower, folded
 from benchmarks.finetune.measure import Images, right_when_attacked, right_when_clean
 from benchmarks.finetune.options import arguments, plan_of
-from benchmarks.finetune.sets import BenchmarkSet, Condition, Restricted, _of_classes
+from benchmarks.finetune.sets import BenchmarkSet, Condition, Restricted, _of_classes, read_images
 from benchmarks.finetune.tables import Compared, adjusted, read_rows, tables
 from benchmarks.finetune.trees import by_place
 from benchmarks.finetune.variants import VARIANTS
 from robustvlm.attacks import Superclass, ThreatModel
 from robustvlm.data import open_data
 from robustvlm.data.classes import CIFAR10
-from robustvlm.data.source import Sample
+from robustvlm.data.source import Sample, select
 from robustvlm.errors import UserError
 
 
@@ -55,6 +55,29 @@ def test_images_of_some_classes_are_relabelled_and_chosen_by_id() -> None:
     old = dict(zip(images.ids, images.labels.tolist(), strict=True))
     assert len(found.ids) == 3
     assert [{2: 0, 0: 1}[old[name]] for name in found.ids] == found.labels.tolist()
+
+
+def test_chosen_images_keep_the_order_drawn_by_their_ids() -> None:
+    ids = tuple(f"i{n:02}" for n in range(30))
+    images = Images(torch.arange(30.0)[:, None, None, None], torch.arange(30) // 10, ids)  # class by class
+    found = _of_classes(images, ("x", "y", "z"), ("z", "x"), 12)
+    wanted = select([*ids[:10], *ids[20:]], 12)
+    assert found.ids == tuple(wanted) != tuple(sorted(wanted))
+    assert [f"i{int(pixel):02}" for pixel in found.pixels.flatten()] == wanted
+    assert found.labels.tolist() == [0 if name >= "i20" else 1 for name in wanted]
+    assert set(found.first(4).labels.tolist()) == {0, 1}  # those attacked are not of the first class alone
+
+
+def test_images_are_read_in_the_order_of_the_ids_asked_for() -> None:
+    source = open_data("emoji?split=test&copies=1")
+    wanted = select(source.ids() or [], 9)
+    found = read_images(source, 8, wanted)
+    assert found.ids == tuple(wanted)
+    by_source = read_images(source, 8)
+    assert found.ids != tuple(name for name in by_source.ids if name in set(wanted))
+    rows = [by_source.ids.index(name) for name in wanted]
+    torch.testing.assert_close(found.pixels, by_source.pixels[rows], rtol=0, atol=0)
+    assert found.labels.tolist() == by_source.labels[rows].tolist()
 
 
 class Signs(nn.Module):
@@ -145,6 +168,19 @@ def test_rows_tell_sets_apart_by_their_images() -> None:
     assert told(pixels, 0) == told(pixels.clone(), 0)
     assert told(pixels, 0)["images"] != told(pixels, 1)["images"]
     assert told(pixels, 0)["images"] != told(pixels + 1e-6, 0)["images"]
+
+
+def test_rows_tell_the_orders_of_their_images_apart() -> None:
+    def told(order: list[int]) -> object:
+        images = Images(torch.arange(6.0).view(2, 3, 1, 1)[order], torch.tensor([0, 1])[order], ("i", "j"))
+        images = replace(images, ids=tuple(images.ids[i] for i in order))
+        condition, source = Condition("c", ("a", "b"), images), open_data("emoji")
+        assert source.tree is not None
+        benchmark = BenchmarkSet("s", "tiny", source, source.tree, 0.1, 1, condition, (), condition)
+        return made_with(benchmark, plan_of(arguments("").parse_args(["emoji"])))["images"]
+
+    assert told([0, 1]) == told([0, 1])
+    assert told([0, 1]) != told([1, 0])
 
 
 def test_autoattack_of_several_seeds_is_compared_image_by_image() -> None:
