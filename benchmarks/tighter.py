@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from benchmarks.common import certifying, exit_code_of, kept_features, markdown
-from robustvlm.certify import angles, classes, feature
+from robustvlm.certify import Finding, angles, classes, feature
 from robustvlm.certify.bands import ell_band, index_band
 from robustvlm.certify.certifier import Certifier, unit_rows
 from robustvlm.certify.claims.class_ import ClassAtRadius
@@ -108,7 +108,7 @@ def _early(rows: Any, text: Any) -> dict[str, float]:
             asked = {"radius": max(share * radius, 1e-6), **common} | ({} if claim == "class" else {"k": TOP})
             kind: Any = {"class": ClassAtRadius, "topk": TopAtRadius, "recall": RecallAtRadius}[claim]
             answer = _fed(kind(text=text, **asked), rows)
-            found[f"{claim} at {share}"] = answer.n / len(rows) if radius > 0.0 else np.nan
+            found[f"{claim} at {share}"] = _spent(answer, rows) if radius > 0.0 else np.nan
     return found | _early_cosine(rows)
 
 
@@ -125,12 +125,16 @@ def _early_cosine(rows: Any) -> dict[str, float]:
         }
         for claim, certifier in (("feature", FeatureTest(**asked)), ("joint", JointAtRadius(**asked, n_pilot=50))):
             answer = _fed(certifier, rows)
-            spent = (answer.n + answer.n_pilot) / len(rows)
-            found[f"{claim} at {name}"] = spent if answer.stop == "certified" else 1.0
+            found[f"{claim} at {name}"] = _spent(answer, rows) if answer.stop == "certified" else 1.0
     return found
 
 
-def _fed(certifier: Certifier, rows: Any) -> Any:
+def _spent(answer: Finding, rows: Any) -> float:
+    """Return the share of the copies that an answer took, those of its pilot among them."""
+    return (answer.n + answer.n_pilot) / len(rows)
+
+
+def _fed(certifier: Certifier, rows: Any) -> Finding:
     used = 0
     while (wanted := certifier.request()) is not None:
         certifier.take(rows[used : used + wanted.sure])
