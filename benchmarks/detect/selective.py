@@ -3,8 +3,10 @@
     ROBUSTVLM_CIFAR10=runs/cifar10 python -m benchmarks.detect.selective --train TRAIN.parquet --test TEST.parquet
 
 Half of the test images sets the thresholds of every score, one for all or one for each class said; the other half is
-judged. SDM and nearest neighbours learn from training images. Attacked images: PGD on the cross-entropy, and an attack
-that knows what SDM looks at, which draws the feature to known images of a wrong class; a wrong answer of either counts.
+judged. Where a threshold may stand is told by the scores of the judged images, without their labels, so that all
+calibration images test. SDM and nearest neighbours learn from training images. Attacked images: PGD on the
+cross-entropy, and an attack that knows what SDM looks at, which draws the feature to known images of a wrong class; a
+wrong answer of either counts.
 """
 
 from __future__ import annotations
@@ -71,6 +73,7 @@ def run(options: argparse.Namespace) -> None:
     few = read_images(source, vlm.image_size, _attacked_ids(kept, options))  # type: ignore[arg-type]
     fooled = attacked(vlm, head, train, few, ThreatModel("Linf", parse_eps(options.eps)[0][1]))
     clean = Seen(_encoded(vlm, few.pixels), few.labels)
+    print(counts(calibration, judged, far, clean))
     lines = []
     for name, score in scores.items():
         for what, classes in (("all", None), ("each class", len(source.class_names))):
@@ -80,6 +83,15 @@ def run(options: argparse.Namespace) -> None:
     columns = ["answered", "right of those", "lowest class", "emoji answered"]
     columns += ["clean: right / wrong", "attacked: right / wrong"]
     print(markdown([f"{options.level:g} promised", "of", *columns], lines))
+
+
+def counts(calibration: Seen, judged: Seen, far: Seen, clean: Seen) -> str:
+    """Return how many images the table is of: a file may hold fewer than --images asks for."""
+    return (
+        f"{len(calibration.labels):,} test images set the thresholds, {len(judged.labels):,} others are judged (their "
+        f"scores, without labels, say where thresholds may stand), {len(clean.labels):,} of them attacked, and "
+        f"{len(far.labels):,} emoji\n"
+    )
 
 
 def _seen(kept: Kept, spec: str, limit: int | None) -> Seen:

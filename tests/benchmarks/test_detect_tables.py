@@ -34,3 +34,10 @@ def test_wrong_answers_are_a_share_of_images_and_of_the_answers_given(monkeypatc
     assert found == ["0.250 / 0.250 (0.500 of answers)"] * 2
     answers[0][:] = False
     assert selective._under(None, None, None, clean, {"pushed": clean.features})[0] == "0.000 / 0.000"  # type: ignore[arg-type]
+
+
+def test_the_table_says_of_how_many_images_it_is() -> None:
+    some = [selective.Seen(torch.zeros(n, 2), torch.zeros(n)) for n in (2500, 2499, 556, 100)]
+    said = selective.counts(*some)
+    assert "2,500 test images set the thresholds, 2,499 others are judged" in said
+    assert "100 of them attacked, and 556 emoji" in said
