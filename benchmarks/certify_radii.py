@@ -4,7 +4,7 @@
 
 For every image and noise level the encoder sees `--samples` noisy copies once; all columns are computed from them at
 equal alpha. A line of JSON per image and sigma is appended to `--out`; the same command goes on where it was stopped,
-and `--tables` only prints what is there.
+a file made with another model, other data or other settings is refused, and `--tables` only prints what is there.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.common import certifying, clock, exit_code_of, markdown
+from benchmarks.common import MADE_WITH, certifying, clock, exit_code_of, markdown, require_made_with
 from robustvlm.certify import angles, bands, certifier, classes, feature, shapes
 from robustvlm.certify.means import SequentialTest, betting_lower, hoeffding_lower
 from robustvlm.core.framing import to_pixels
@@ -55,11 +55,11 @@ def main() -> None:
     parser.add_argument("--tables", action="store_true", help="print the tables of --out and measure nothing")
     options = parser.parse_args()
     if not options.tables:
-        done = _done(options.out)
+        known = _lines(options.out)
         with options.out.open("a", encoding="utf-8") as out:
             if out.tell():
                 out.write("\n")  # a line torn by a kill must not be continued
-            for line in measure(options, done=done):
+            for line in measure(options, known=known):
                 out.write(json.dumps(line) + "\n")
                 out.flush()
     print_tables(_lines(options.out))
@@ -72,14 +72,18 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if line.endswith("}")]
 
 
-def _done(path: Path) -> set[tuple[str, float]]:
-    return {(line["image"], line["sigma"]) for line in _lines(path)}
+def measure(options: argparse.Namespace, *, known: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Yield one line per image and sigma that is not among the known ones.
 
-
-def measure(options: argparse.Namespace, *, done: set[tuple[str, float]]) -> Iterator[dict[str, Any]]:
-    """Yield one line per image and sigma that is not done."""
+    Raises:
+        UserError: a known line was made with another model, other data or other settings.
+    """
     source = open_data(options.data)
     vlm = load_pipeline(options.model).to(memory_format=torch.channels_last)
+    of = {"model": vlm.fingerprint, "data": source.fingerprint(), "n": options.samples, "precision": options.precision}
+    for line in known:
+        require_made_with(options.out, line.get(MADE_WITH), of)
+    done = {(line["image"], line["sigma"]) for line in known}
     text = zero_shot(vlm, source.class_names, source.templates).class_embeddings.double().numpy()
     for sample in source.samples(limit=options.limit):
         if not isinstance(sample, Sample):
@@ -99,6 +103,7 @@ def measure(options: argparse.Namespace, *, done: set[tuple[str, float]]) -> Ite
                 "n": options.samples,
                 "seconds": spent.seconds,
                 **columns(features, anchor, text, sigma),
+                MADE_WITH: of,
             }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,6 +20,7 @@ from robustvlm.attacks import Job, Misclassify, Oracle
 from robustvlm.core.framing import to_pixels
 from robustvlm.data import open_data
 from robustvlm.data.source import Sample
+from robustvlm.defenses import load_pipeline
 from robustvlm.errors import UserError
 from robustvlm.models import load_model, zero_shot
 
@@ -45,14 +47,47 @@ def certifying(doc: str | None, *, limit: int, samples: int, sigma: str | float 
     return parser
 
 
-def kept_features(path: Path | None, draw: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
-    """Return arrays from a file of an earlier call, or draw them, and keep them there if one is named."""
+MADE_WITH = "made with"
+"""Name of what a kept result says of the model, the data and the settings behind it."""
+
+
+def require_made_with(path: Path, told: Mapping[str, Any] | None, of: Mapping[str, Any]) -> None:
+    """Refuse what a file holds unless it was made with the model, data and settings `of` now asked for.
+
+    Raises:
+        UserError: it was made with others, or does not say.
+    """
+    if told is None:
+        raise UserError(f"'{path}' does not say what it was made with: delete it, or name another file")
+    differ = [
+        f"{name} {told.get(name)!r} (asked for: {value!r})" for name, value in of.items() if told.get(name) != value
+    ]
+    if differ:
+        raise UserError(f"'{path}' was made with {', '.join(differ)}: pass that, or name another file")
+
+
+def kept_features(path: Path | None, of: Mapping[str, Any], draw: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
+    """Return arrays from a file of an earlier call, or draw them, and keep them there if one is named.
+
+    Raises:
+        UserError: the file was made with another model, other data or other settings than `of`.
+    """
     if path is not None and path.exists():
-        return dict(np.load(path))
+        kept = dict(np.load(path))
+        told = kept.pop(MADE_WITH, None)
+        require_made_with(path, None if told is None else json.loads(str(told)), of)
+        return kept
     found = dict(draw())
     if path is not None:
-        np.savez(path, **found)
+        np.savez(path, **found, **{MADE_WITH: np.array(json.dumps(of))})
     return found
+
+
+def copies_made_with(options: argparse.Namespace) -> dict[str, Any]:
+    """Return what noisy copies of images are made with, beside how many images there are."""
+    model, data = load_pipeline(options.model), open_data(options.data)
+    told = {"model": model.fingerprint, "data": data.fingerprint()}
+    return {**told, "samples": options.samples, "sigma": options.sigma}
 
 
 @dataclass(frozen=True)

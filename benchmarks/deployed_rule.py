@@ -6,7 +6,7 @@ For every image and noise level the class is certified by the mean and by the vo
 image is then attacked at `--fractions` of its radius: normalised gradients of the label's mean probability over
 `--eot` fresh copies, in the whole ball. At the point reached, `--answers` deployments of `--n0` fresh copies answer by
 either rule. A line of JSON per image and sigma is appended to `--out`; the same command goes on where it was stopped,
-and `--tables` only prints what is there.
+a file made with another model, other data or other settings is refused, and `--tables` only prints what is there.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import torch
 from scipy.stats import binom
 from torch import Tensor
 
-from benchmarks.common import certifying, exit_code_of, markdown
+from benchmarks.common import MADE_WITH, certifying, exit_code_of, markdown, require_made_with
 from robustvlm.certify import Certifier, ClassRadius, VoteRadius
 from robustvlm.certify.means import clopper_pearson_upper
 from robustvlm.core.framing import to_pixels
@@ -35,6 +35,7 @@ from robustvlm.defenses import SmoothedVLM, load_pipeline, smooth
 from robustvlm.defenses.abstaining import by_mean, by_vote
 from robustvlm.models import zero_shot
 
+SETTINGS = ("samples", "n0", "alpha", "fractions", "steps", "eot", "answers")
 RULES = {"mean": (ClassRadius, by_mean), "vote": (VoteRadius, by_vote)}
 
 
@@ -59,10 +60,13 @@ def main() -> None:
 
 def measure(options: argparse.Namespace) -> None:
     """Append a line for every image and noise level that is not there."""
-    done = set()
-    if options.out.exists():
-        done = {(row["sigma"], row["image"]) for row in map(json.loads, options.out.read_text().splitlines())}
     source, vlm = open_data(options.data), load_pipeline(options.model)
+    of = {"model": vlm.fingerprint, "data": source.fingerprint()}
+    of |= {name: getattr(options, name) for name in SETTINGS}
+    known = list(map(json.loads, options.out.read_text().splitlines())) if options.out.exists() else []
+    for row in known:
+        require_made_with(options.out, row.get(MADE_WITH), of)
+    done = {(row["sigma"], row["image"]) for row in known}
     text = zero_shot(vlm, source.class_names, source.templates).class_embeddings
     samples = [item for item in source.samples(limit=options.limit) if isinstance(item, Sample)]
     for sigma in map(float, options.sigma.split(",")):
@@ -74,6 +78,7 @@ def measure(options: argparse.Namespace) -> None:
             torch.manual_seed(derive_seed(0, "deployed rule", sigma, sample.id))  # type: ignore[arg-type]
             pixels = to_pixels(sample.image, vlm.framing)
             row = one_image(model, pixels, text, options) | {"image": sample.id, "sigma": sigma, "label": sample.label}
+            row[MADE_WITH] = of
             with options.out.open("a") as file:
                 file.write(json.dumps(row) + "\n")
 

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.common import certifying, exit_code_of, kept_features, markdown
+from benchmarks.common import certifying, copies_made_with, exit_code_of, kept_features, markdown
 from robustvlm.certify.certifier import unit_rows
 from robustvlm.certify.levels import LevelFinding, certify_levels
 from robustvlm.core.framing import to_pixels
@@ -39,7 +39,8 @@ def main() -> None:
     parser.add_argument("--features", type=Path)
     options = parser.parse_args()
     sigmas = [float(sigma) for sigma in options.sigma.split(",")]
-    kept = kept_features(options.features, lambda: draw(options, sigmas))
+    of = {**copies_made_with(options), "limit": options.limit}
+    kept = kept_features(options.features, of, lambda: draw(options, sigmas))
     header = ["rule", "noise levels", "chosen by", "mean radius, right", "mean radius", "right and certified"]
     print(markdown(header, list(rows_of(kept, sigmas, options))))
 

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.cohen import Published, load_published
-from benchmarks.common import certifying, exit_code_of, markdown
+from benchmarks.common import MADE_WITH, certifying, exit_code_of, markdown, require_made_with
 from benchmarks.deployed_rule import RULES, answers, fed
 from robustvlm.certify import vote_predict
 from robustvlm.certify.claims.base import pilot_size
@@ -67,7 +67,7 @@ def run(options: argparse.Namespace) -> None:
         with options.out.open("a", encoding="utf-8") as out:
             if out.tell():
                 out.write("\n")  # a line torn by a kill must not be continued
-            for row in measure(options, published, {key(row) for row in rows}):
+            for row in measure(options, published, rows):
                 out.write(json.dumps(row) + "\n")
                 out.flush()
     print_tables(lines(options.out), [float(radius) for radius in options.at.split(",")])
@@ -102,17 +102,26 @@ class Copies:
         self.model.encode_noisy = counted  # type: ignore[method-assign]
 
 
-def measure(options: argparse.Namespace, published: ModuleType | None, done: set[tuple[Any, ...]]) -> Iterator[Row]:
-    """Yield a row per image and sigma that is not done."""
+def measure(options: argparse.Namespace, published: ModuleType | None, known: Sequence[Row]) -> Iterator[Row]:
+    """Yield a row per image and sigma that is not among the known ones.
+
+    Raises:
+        UserError: a known row of that name was made with another model or other data, or of other deployments.
+    """
     source = open_data(options.data)
     vlm = load_pipeline(options.model, device=options.device).to(memory_format=torch.channels_last)
+    of = {"model": vlm.fingerprint, "data": source.fingerprint(), "answers": options.answers}
+    for row in known:
+        if row["name"] == (options.name or options.model):
+            require_made_with(options.out, row.get(MADE_WITH), of)
+    done = {key(row) for row in known}
     text = zero_shot(vlm, source.class_names, source.templates).class_embeddings
     samples = [item for item in source.samples(limit=options.limit) if isinstance(item, Sample)]
     for sigma in map(float, options.sigma.split(",")):
         for sample in samples:
-            row: Row = {
+            row = {
                 "name": options.name or options.model, "sigma": sigma, "samples": options.samples, "n0": options.n0,
-                "alpha": options.alpha, "image": sample.id, "label": sample.label,
+                "alpha": options.alpha, "image": sample.id, "label": sample.label, MADE_WITH: of,
             }  # fmt: skip
             if key(row | ({} if published is None else {"cohen": None})) in done:
                 continue

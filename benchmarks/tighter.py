@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.common import certifying, exit_code_of, kept_features, markdown
+from benchmarks.common import certifying, copies_made_with, exit_code_of, kept_features, markdown
 from robustvlm.certify import Finding, angles, classes, feature
 from robustvlm.certify.bands import ell_band, index_band
 from robustvlm.certify.certifier import Certifier, unit_rows
@@ -44,7 +44,7 @@ def main() -> None:
     parser = certifying(__doc__, limit=20, samples=1000, sigma="0.05,0.12")
     parser.add_argument("--features", type=Path)
     options = parser.parse_args()
-    kept = kept_features(options.features, lambda: draw(options))
+    kept = kept_features(options.features, copies_made_with(options), lambda: draw(options))
     text = unit_rows(kept["text"])
     for sigma in options.sigma.split(","):
         found = [line(unit_rows(kept[f"f{i}_{sigma}"]), text) for i in range(min(options.limit, len(kept["labels"])))]
@@ -147,9 +147,8 @@ def print_tables(found: Lines) -> None:
     radii = [name for name in found[0] if " at " not in name and name != "needed"]
     mean = {name: float(np.mean([row[name] for row in found])) for name in radii}
     base = {name: mean["feature (T4)" if "T4" in name else "independent"] for name in radii}
-    rows = [
-        (name, f"{mean[name]:.3f}", f"{mean[name] / base[name]:.2f}", f"{_zero(found, name):.2f}") for name in radii
-    ]
+    ratio = {name: f"{mean[name] / base[name]:.2f}" if base[name] > 0.0 else "" for name in radii}  # of few copies: 0
+    rows = [(name, f"{mean[name]:.3f}", ratio[name], f"{_zero(found, name):.2f}") for name in radii]
     print(markdown(("bound", "mean radius / sigma", "ratio", "share of zero"), rows), "\n")
     asked = [name for name in found[0] if " at " in name]
     shares = {name: np.array([row[name] for row in found]) for name in asked}

@@ -8,9 +8,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from benchmarks.common import MADE_WITH, require_made_with
 from robustvlm.core.files import write_text
 from robustvlm.core.object_graph import fingerprint
-from robustvlm.errors import UserError
 from robustvlm.models import load_model
 
 from .rows import Plan
@@ -46,16 +46,10 @@ def kept(path: Path, of: Mapping[str, Any], variant: Variant, make: Callable[[],
     of = {**of, VARIANT: " ".join([repr(variant), *teacher])}
     if path.exists():
         found: Kept = json.loads(path.read_text(encoding="utf-8"))
-        told = found.pop("made with", None)
-        if told is None:
-            raise UserError(f"'{path}' does not say what it was made with: delete it, or pass another --out")
-        differ = [
-            f"{name} {told.get(name)!r} (asked for: {value!r})" for name, value in of.items() if told.get(name) != value
-        ]
-        if differ:
-            raise UserError(f"'{path}' was made with {', '.join(differ)}: pass that, or another --out")
+        told = found.pop(MADE_WITH, None)
+        require_made_with(path, told, of)
         return found
     found = make()
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps({**found, "made with": of}, indent=1) + "\n")
+    write_text(path, json.dumps({**found, MADE_WITH: of}, indent=1) + "\n")
     return found

@@ -6,7 +6,8 @@ For every seed a purifier and a mapper behind it are trained, and a mapper for t
 Every image gets one set of noise per level,
 the same for all variants and seeds; all columns of a variant come from the same noisy features, each at its own alpha.
 A line of JSON per image, level, variant and seed is appended to `--out`; the same command goes on where it was stopped,
-and `--tables` only prints what is there.
+lines of that label made with another model, other data or other settings are refused, and `--tables` only prints what
+is there.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.common import exit_code_of
+from benchmarks.common import MADE_WITH, exit_code_of, require_made_with
 from benchmarks.purify.columns import columns
 from benchmarks.purify.tables import print_tables
 from benchmarks.purify.training import trained
@@ -63,12 +64,11 @@ def main() -> None:
     options = arguments()
     if not options.tables:
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        names = ("label", "n", "image", "sigma", "variant", "seed")
-        done = {tuple(line[name] for name in names) for line in lines(options.out)}
+        known = lines(options.out)
         with options.out.open("a", encoding="utf-8") as out:
             if out.tell():
                 out.write("\n")  # a line torn by a kill must not be continued
-            for line in measure(options, done):
+            for line in measure(options, known):
                 out.write(json.dumps(line) + "\n")
                 out.flush()
     print_tables(lines(options.out))
@@ -81,10 +81,21 @@ def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
 
 
-def measure(options: argparse.Namespace, done: set[tuple[Any, ...]]) -> Iterator[dict[str, Any]]:
-    """Yield a line per image, level, variant and seed that is not done."""
+def measure(options: argparse.Namespace, known: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Yield a line per image, level, variant and seed that is not among the known ones.
+
+    Raises:
+        UserError: a known line of that label was made with another model, other data or other settings.
+    """
     source, label = open_data(options.data), options.label or options.model
     encoder = load_pipeline(options.model).to(memory_format=torch.channels_last)
+    of = {"model": encoder.fingerprint, "data": source.fingerprint()}
+    of |= {"train_data": open_data(options.train_data).fingerprint()}
+    of |= {name: getattr(options, name) for name in ("steps", "mapper_steps", "precision")}
+    for line in known:
+        if line["label"] == label:
+            require_made_with(options.out, line.get(MADE_WITH), of)
+    done = {tuple(line[name] for name in ("label", "n", "image", "sigma", "variant", "seed")) for line in known}
     text = zero_shot(encoder, source.class_names, source.templates).class_embeddings.double().numpy()
     shared = {"label": label, "steps": options.steps, "mapper_steps": options.mapper_steps, "out": options.runs}
     shared |= {"precision": options.precision}
@@ -109,7 +120,8 @@ def measure(options: argparse.Namespace, done: set[tuple[Any, ...]]) -> Iterator
                 for name in wanted:
                     values = columns(found[name], anchor, text, sigma)
                     right, pilot = (values.pop(which) == sample.label for which in ("class", "pilot_class"))
-                    yield {**key, "variant": name, "n": options.samples, "right": right, "pilot_right": pilot, **values}
+                    facts = {**key, "variant": name, "n": options.samples, MADE_WITH: of}
+                    yield {**facts, "right": right, "pilot_right": pilot, **values}
 
 
 def pictures(source: DataSource, vlm: VLM | Classifier, limit: int) -> Iterator[tuple[Tensor, Sample]]:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from benchmarks import certify_radii
+from robustvlm.errors import UserError
 
 
 def features(n: int = 400, dim: int = 6) -> np.ndarray:
@@ -35,11 +36,15 @@ def test_a_stopped_measurement_goes_on_and_prints_its_tables(
     options = argparse.Namespace(
         model="tiny", data="emoji", limit=2, samples=60, sigma="0.1,0.2", precision="fp32", out=out
     )
-    lines = list(certify_radii.measure(options, done=set()))
+    lines = list(certify_radii.measure(options, known=[]))
     assert len(lines) == 4
     out.write_text("".join(json.dumps(line) + "\n" for line in lines[:3]) + '{"image": "torn')
     assert len(certify_radii._lines(out)) == 3
-    again = list(certify_radii.measure(options, done=certify_radii._done(out)))
+    again = list(certify_radii.measure(options, known=certify_radii._lines(out)))
     assert [line["r"] for line in again] == [lines[3]["r"]]
+    for changed in ({"samples": 61}, {"precision": "bf16"}, {"model": "tiny-robust"}, {"data": "emoji?split=train"}):
+        other = argparse.Namespace(**{**vars(options), **changed})
+        with pytest.raises(UserError, match=r"was made with .* \(asked for: "):
+            next(certify_radii.measure(other, known=lines))
     certify_radii.print_tables(lines)
     assert "vector NP: T4, betting" in capsys.readouterr().out

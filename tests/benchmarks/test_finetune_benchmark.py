@@ -142,7 +142,7 @@ def test_rows_of_other_options_are_refused(tmp_path: Path) -> None:
     tecoa, changed = VARIANTS["tecoa"], replace(VARIANTS["tecoa"], options={"weight": 2})
     assert kept(path, of, tecoa, lambda: made) == made
     assert kept(path, of, tecoa, lambda: {}) == made  # read, not made again
-    with pytest.raises(UserError, match=r"made with model 'a' \(asked for: 'b'\): pass that, or another --out"):
+    with pytest.raises(UserError, match=r"made with model 'a' \(asked for: 'b'\): pass that, or name another file"):
         kept(path, {**of, "model": "b"}, tecoa, lambda: made)
     with pytest.raises(UserError, match="made with variant "):
         kept(path, of, changed, lambda: made)

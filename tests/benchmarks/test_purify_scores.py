@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pytest
 
+from benchmarks.common import MADE_WITH
+from benchmarks.purify import scores
 from benchmarks.purify.columns import EPS, columns
 from benchmarks.purify.tables import NAMES, print_tables
+from robustvlm.data import open_data
+from robustvlm.errors import UserError
+from robustvlm.models import load_model
 
 TEXT = np.eye(3)
 
@@ -50,3 +57,22 @@ def test_tables_average_over_images_and_seeds(capsys: pytest.CaptureFixture[str]
     assert "2 images, 200 copies, seeds 0, 1" in said
     assert "| 0.25 | encoder alone | 0.500 |" in said
     assert "| 0.25 | + both | 0.550 ±0.050 |" in said
+
+
+@pytest.mark.parametrize("changed", ["steps", "mapper-steps", "precision", "data"])
+def test_lines_of_other_settings_are_refused(changed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything is trained; lines of another label may be of whatever they like."""
+    value = {"precision": "fp32", "data": "emoji?split=train"}.get(changed, "7")
+    monkeypatch.setattr(sys, "argv", ["scores", "tiny", f"--{changed}", value])
+    monkeypatch.setattr(scores, "trained", lambda *_, **__: pytest.fail("trained"))
+    made = {"model": load_model("tiny").fingerprint, "data": open_data("emoji").fingerprint()}
+    made |= {"train_data": open_data("emoji?split=train").fingerprint()}
+    made |= {"steps": 500, "mapper_steps": 400, "precision": "bf16"}
+    line = {"label": "tiny", "n": 160, "image": "i", "sigma": 0.25, "variant": "encoder", "seed": 0, MADE_WITH: made}
+    with pytest.raises(UserError, match=rf"was made with {changed.replace('-', '_')} .*\(asked for: "):
+        next(scores.measure(scores.arguments(), [line]))
+    del line[MADE_WITH]
+    with pytest.raises(UserError, match="does not say what it was made with"):
+        next(scores.measure(scores.arguments(), [line]))
+    with pytest.raises(pytest.fail.Exception, match="trained"):
+        next(scores.measure(scores.arguments(), [{**line, "label": "another"}]))

@@ -105,3 +105,8 @@ def test_a_stopped_table_goes_on_and_has_a_row_for_each_rule(
     assert "| tiny | 0.03 | vote, published program | 2 |" in printed
     assert "the same 6 of 6 times" in printed
     assert rules.main([*given[:-4], "--peer", str(tmp_path), "--out", str(out)]) == 2
+    for changed in (["--answers", "3"], ["--data", "emoji?split=train"]):
+        capsys.readouterr()
+        assert rules.main([*given, *changed]) == 2
+        assert f"was made with {changed[0][2:]} " in capsys.readouterr().err
+    assert rules.lines(out) == rows

@@ -1,4 +1,4 @@
-"""The comparison of newer bounds: what an early answer took of the copies."""
+"""The comparison of newer bounds: what an early answer took of the copies, and whose copies are kept."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # `benchmarks` is no part of the installed package
 
 from benchmarks import tighter
+from benchmarks.common import kept_features
+from robustvlm.errors import UserError
 
 
 def test_an_early_answer_took_its_pilot_too() -> None:
@@ -18,3 +21,16 @@ def test_an_early_answer_took_its_pilot_too() -> None:
     asked = [f"{claim} at {share}" for claim in ("class", "topk", "recall") for share in (0.5, 0.9)]
     assert all(tighter.PILOT / 500 < found[name] <= 1.0 for name in asked)
     assert all(0.0 < share <= 1.0 for share in found.values())
+
+
+def test_kept_copies_of_another_model_are_refused(tmp_path: Path) -> None:
+    path, of = tmp_path / "copies.npz", {"model": "a", "samples": 3}
+    made = kept_features(path, of, lambda: {"rows": np.arange(3.0)})
+    again = kept_features(path, of, lambda: pytest.fail("drawn again"))
+    assert set(again) == set(made) == {"rows"}
+    np.testing.assert_array_equal(again["rows"], made["rows"])
+    with pytest.raises(UserError, match=r"was made with model 'a' \(asked for: 'b'\)"):
+        kept_features(path, {**of, "model": "b"}, lambda: {})
+    np.savez(path, rows=np.arange(3.0))
+    with pytest.raises(UserError, match="does not say what it was made with"):
+        kept_features(path, of, lambda: {})
