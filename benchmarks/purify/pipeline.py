@@ -28,7 +28,7 @@ from robustvlm.data import open_data
 from robustvlm.defenses import Classifier, SmoothedVLM, load_classifier
 from robustvlm.detect.metrics import auroc
 from robustvlm.models import VLM
-from robustvlm.stats import mean, rate
+from robustvlm.stats import Rate, rate
 
 EPS_CERTIFIED = 0.25
 
@@ -114,7 +114,10 @@ def _certified(options: argparse.Namespace, classifier: Classifier) -> tuple[flo
             anchor = inner.at_noise(0.0).encode_image(image[None])[0].double().numpy()
             features = told.encode_image(image + options.sigma * noise[: options.samples]).double().numpy()
         found.append(columns(features, anchor, text, options.sigma))
-    return tuple(mean([line[f"{name}@{EPS_CERTIFIED}"] for line in found]).value or 0.0 for name in ("cos", "anchored"))  # type: ignore[return-value]
+    cos, anchored = (
+        float(np.mean([line[f"{name}@{EPS_CERTIFIED}"] for line in found])) for name in ("cos", "anchored")
+    )
+    return cos, anchored
 
 
 def _attacked(options: argparse.Namespace, spec: str) -> str:
@@ -130,8 +133,12 @@ def _attacked(options: argparse.Namespace, spec: str) -> str:
         checks="none",
         out=options.out,
     )
-    found = run.summary.per_eps[0].attack_success_rate
-    return f"{found.value or 0:.2f} ({found.low:.2f} to {found.high:.2f})"
+    return success(run.summary.per_eps[0].attack_success_rate)
+
+
+def success(found: Rate) -> str:
+    """Return a success rate with its interval; of a model that is right on no image there is none."""
+    return "no images" if found.value is None else f"{found.value:.2f} ({found.low:.2f} to {found.high:.2f})"
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # `benchmarks` is no part of
 from benchmarks import planted_faults
 from benchmarks.planted.data import write_folder
 from benchmarks.planted_faults import PLANTS, SOUND, Plant
+from robustvlm.errors import UserError
 
 QUICK = [plant for plant in PLANTS if plant.model != "tiny"]
 
@@ -25,6 +27,14 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_planted_fault_is_noticed(plant: Plant, photos: Path) -> None:
     hit, alarms = planted_faults.notice(plant, photos)
     assert hit, [(check.name, check.level) for check in alarms]
+
+
+def test_only_a_refusal_of_coupled_images_notices_them(photos: Path) -> None:
+    plant = next(plant for plant in PLANTS if plant.level == "refused")
+    with pytest.raises(UserError, match="unknown attack"):  # refused, but for what is no fault of the model
+        planted_faults.notice(replace(plant, settings={"attack": "pgdd"}), photos)
+    (refused,) = planted_faults.findings(f"benchmarks.planted.models:{plant.model}", photos)
+    assert "a logit moved by" in refused.message
 
 
 @pytest.mark.parametrize("seed", [0, 1])

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 
 from benchmarks.common import MADE_WITH
-from benchmarks.purify import scores
+from benchmarks.purify import pipeline, scores
 from benchmarks.purify.columns import EPS, columns
 from benchmarks.purify.tables import NAMES, print_tables
 from robustvlm.data import open_data
 from robustvlm.errors import UserError
 from robustvlm.models import load_model
+from robustvlm.stats import rate
 
 TEXT = np.eye(3)
 
@@ -76,3 +77,8 @@ def test_lines_of_other_settings_are_refused(changed: str, monkeypatch: pytest.M
         next(scores.measure(scores.arguments(), [line]))
     with pytest.raises(pytest.fail.Exception, match="trained"):
         next(scores.measure(scores.arguments(), [{**line, "label": "another"}]))
+
+
+def test_a_model_that_is_right_on_no_image_has_no_success_rate() -> None:
+    assert pipeline.success(rate(0, 0)) == "no images"
+    assert pipeline.success(rate(0, 4)).startswith("0.00 (0.00 to 0.")
