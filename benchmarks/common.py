@@ -79,7 +79,8 @@ def kept_features(path: Path | None, of: Mapping[str, Any], draw: Callable[[], M
         return kept
     found = dict(draw())
     if path is not None:
-        np.savez(path, **found, **{MADE_WITH: np.array(json.dumps(of))})
+        made: dict[str, Any] = {MADE_WITH: np.array(json.dumps(of))}
+        np.savez(path, **found, **made)
     return found
 
 

@@ -5,7 +5,8 @@
 Every image is certified by the vote of `--samples` copies at each constant noise level; then with its own level: a
 quarter of the copies choose it and judge that choice, the others certify the class at that level (T22). The thresholds
 of the choice, and the noise at which copies vote, come from the first half of the images; every column is about the
-second half. "At best" is what the best level of each image would give, as an oracle knows it (no certificate).
+second half, which shows no drawing of the first. "At best" is what the best level of each image would give, as an
+oracle knows it (no certificate).
 """
 
 from __future__ import annotations
@@ -33,9 +34,13 @@ from robustvlm.models import zero_shot
 
 @dataclass(frozen=True)
 class Drawn:
-    """An image's class, and features of its copies by noise level, for the constant levels and for the choice."""
+    """An image's class, and features of its copies by noise level, for the constant levels and for the choice.
+
+    Images of one `group` are no independent evidence, as copies of a drawing.
+    """
 
     label: int
+    group: str
     copies: dict[float, Array]
     more: dict[float, Array]
 
@@ -49,11 +54,12 @@ def main() -> None:
     options = parser.parse_args()
     sigmas = _numbers(options.sigma)
     text, images = draw(options, sigmas)
-    half = len(images) // 2
+    first, second = halves([image.group for image in images])
+    half, images = len(first), [images[i] for i in (*first, *second)]
     known = [[constant(image, sigma, text, options) for sigma in sigmas] for image in images]
     worth = np.array([[_worth(one, image) for one in row] for row, image in zip(known, images, strict=True)])
     law = calibrated(images[:half], worth[:half], sigmas, text, options)
-    print(f"chosen on {half} images: +dual:{law}\n")
+    print(f"chosen on {half} images, {len(images) - half} others judged: +dual:{law}\n")
     found = [chosen(image, law, text, options) for image in images[half:]]
     own = np.array([_worth(one, image) for one, image in zip(found, images[half:], strict=True)])
     rows = [
@@ -84,8 +90,20 @@ def draw(options: argparse.Namespace, sigmas: Sequence[float]) -> tuple[Array, l
                 {sigma: smooth(vlm, sigma).noisy_features(pixels, n)[0].double().numpy() for sigma in levels}
                 for levels, n in ((sigmas, options.samples), (votes, copies_for_noise(options.samples)))
             ]
-            images.append(Drawn(sample.label, *parts))
+            images.append(Drawn(sample.label, source.group(sample.id), *parts))
     return text, images
+
+
+def halves(groups: Sequence[str]) -> tuple[list[int], list[int]]:
+    """Return the rows that choose and those that are judged, which share no group: about as many of each, in order."""
+    rows: dict[str, list[int]] = {}
+    for row, group in enumerate(groups):
+        rows.setdefault(group, []).append(row)
+    first: list[int] = []
+    for some in rows.values():
+        if len(first) + len(some) <= len(groups) // 2:
+            first += some
+    return sorted(first), sorted(set(range(len(groups))) - set(first))
 
 
 def _numbers(written: str) -> tuple[float, ...]:
