@@ -8,10 +8,12 @@ import math
 
 import pytest
 import torch
+from torch import Tensor, nn
 from toy import Curved, Linear, attack_all, fooled, images, right_jobs
 
 from robustvlm.attacks import APGD, PGD, Job, Oracle, ThreatModel, objective, parse_attacks
-from robustvlm.attacks.apgd import checkpoints
+from robustvlm.attacks.apgd import TargetedAPGD, checkpoints
+from robustvlm.attacks.threat import random_start
 from robustvlm.errors import UserError
 
 LINF, L2 = ThreatModel("Linf", 0.03), ThreatModel("L2", 0.2)
@@ -135,6 +137,87 @@ def test_apgd_is_as_strong_as_the_authors_implementation(norm, eps, loss):
     assert 0 < len(found) < len(jobs)
     assert len(found) >= int(broken.sum()) - 1
     assert len(missed) <= 2
+
+
+class Watched(nn.Module):
+    """Keeps every batch of points that a model is asked about."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model, self.points = model, []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.points.append(x.detach().clone())
+        return self.model(x)
+
+
+def points_and_losses(attack, jobs, model, starts, target, threat):
+    """Drive the attack by hand from given starts: every point [steps + 1, N, ...] and the best losses."""
+    states = [attack.begin(job.pixels[None], threat, torch.Generator(), 0) for job in jobs]
+    state = {name: torch.cat([one[name] for one in states]) for name in states[0]}
+    state |= {name: starts.clone() for name in ("x", "x_before", "x_best")}
+    label, points = torch.tensor([job.label for job in jobs]), []
+    for step in range(attack.n_points()):
+        points.append(state["x"])
+        x = state["x"].clone().requires_grad_(True)
+        loss = attack.objective(model(x), label, target)
+        (grad,) = torch.autograd.grad(loss.sum(), x)
+        state = attack.advance(state, loss.detach(), grad, torch.full_like(label, step), threat)
+    return torch.stack(points), state["loss_best"]
+
+
+@pytest.mark.parametrize(
+    ("loss", "threat"),
+    [
+        ("ce", ThreatModel("Linf", 0.025)),
+        ("ce", ThreatModel("L2", 0.1)),
+        ("dlr", ThreatModel("Linf", 0.015)),
+        ("dlr", ThreatModel("L2", 0.1)),
+        ("dlr-t", ThreatModel("Linf", 0.025)),
+        ("dlr-t", ThreatModel("L2", 0.1)),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value.norm,
+)
+def test_apgd_goes_where_the_authors_implementation_goes(loss, threat):
+    """From one start, point by point: momentum, halved steps, returns to the best point, and their number.
+
+    Theirs compares the first loss with 0, where a loss before is not known; it is told the one at the start. At the
+    end of a sub-run steps are so short that rounding decides some signs, so that 25 of 30 steps are compared. DLR is
+    constant beyond a success where the label is third: from there rounding alone is followed.
+    """
+    from pyautoattack.autopgd_base import APGDAttack, APGDAttack_targeted
+
+    class Told:
+        def check_oscillation(self, losses, step, window, *rest, **more):
+            if step + 1 == window:
+                losses = torch.cat([losses[:-1], at_start[None]])
+            return super().check_oscillation(losses, step, window, *rest, **more)
+
+    class Theirs(Told, APGDAttack):
+        pass
+
+    class TheirsTargeted(Told, APGDAttack_targeted):
+        pass
+
+    model, watched = Curved(seed=3).double(), Watched(Curved(seed=3).double())
+    jobs = [dataclasses.replace(job, pixels=job.pixels.double()) for job in right_jobs(Curved(seed=3), 40, seed=5)]
+    x, y = torch.stack([job.pixels for job in jobs]), torch.tensor([job.label for job in jobs])
+    target = torch.tensor([job.targets[0] for job in jobs])
+    attack = TargetedAPGD(n_iter=30, futility=False) if loss == "dlr-t" else APGD(n_iter=30, objective=objective(loss))
+    starts = random_start(x, threat, torch.Generator().manual_seed(0))
+    at_start = attack.objective(model(starts), y, target).detach()
+    options = {"n_iter": 30, "norm": threat.norm, "eps": threat.eps, "device": "cpu"}
+    theirs = TheirsTargeted(watched, **options) if loss == "dlr-t" else Theirs(watched, loss=loss, **options)
+    theirs.init_hyperparam(x)
+    theirs.y_target = target
+    _, _, best, _ = theirs.attack_single_run(x, y, x_init=starts)
+    points, losses = points_and_losses(attack, jobs, model, starts, target, threat)
+    apart = (points - torch.stack(watched.points)).abs().amax(dim=(2, 3, 4))
+    if loss == "dlr":
+        wrong = torch.stack([model(at).argmax(1) != y for at in watched.points]).long()
+        apart[(wrong.cumsum(0) - wrong) > 0] = 0.0
+    assert (apart[:26].amax(0) < 1e-6).sum() >= 37
+    assert ((losses - best).abs() < 1e-5).sum() >= 37
 
 
 @pytest.mark.parametrize("classes", [2, 3, 4])
