@@ -66,18 +66,21 @@ def test_two_class_linear_model_reaches_the_closed_form_margin(name, threat):
     assert 0 < robust < 12
 
 
-@pytest.mark.parametrize("name", ["pgd:step_size=0.01", "apgd-t"])
-def test_more_restarts_or_targets_fool_no_image_less(name):
-    model, threat = Curved(), ThreatModel("Linf", 0.03)
-    jobs = right_jobs(model, 24)
-    few, many = (
-        fooled(attack_all(model, attack, threat, jobs))
-        for attack in (
-            parse_attacks(name, steps=6)[0],
-            parse_attacks(name, steps=6, restarts=3)[0],
-        )
-    )
-    assert few <= many
+@pytest.mark.parametrize(
+    ("few", "many", "eps", "steps"),
+    [
+        ("pgd:step_size=0.004:steps=3", "pgd:step_size=0.004:steps=3:restarts=3", 0.05, (3, 9)),
+        ("apgd-t:targets=1:futility=off:steps=6", "apgd-t:targets=4:futility=off:steps=6", 0.012, (6, 24)),
+    ],
+    ids=["restarts", "targets"],
+)
+def test_more_restarts_or_targets_fool_more_images_and_none_less(few, many, eps, steps):
+    model, threat = Curved(), ThreatModel("Linf", eps)
+    jobs = right_jobs(model, 60)
+    results = [attack_all(model, parse_attacks(name)[0], threat, jobs) for name in (few, many)]
+    assert fooled(results[0]) < fooled(results[1])
+    for found, made in zip(results, steps, strict=True):
+        assert {result.steps for result in found if result.outcome == "robust"} == {made}
 
 
 def test_more_steps_of_the_same_size_fool_no_image_less():
