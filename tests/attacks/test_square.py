@@ -196,12 +196,25 @@ def test_lanes_are_taken_up_again_whether_searches_may_be_given_up_or_not():
 
 @pytest.mark.parametrize(("norm", "eps"), [("Linf", 0.02), ("L2", 0.2)])
 def test_square_is_as_strong_as_the_authors_implementation(norm, eps):
+    """With the schedule stretched as ours is, and windows that reach the last row and column, as theirs never do.
+
+    As published they find less: 34 of 80 images where ours finds 44 (Linf), 26 where ours finds 31 (L2).
+    """
     from pyautoattack.square import SquareAttack
+
+    class Everywhere(SquareAttack):
+        def random_int(self, low=0, high=1, shape=(1,)):
+            return super().random_int(low, high + 1, shape)
 
     model = Curved(seed=3)
     jobs = right_jobs(model, 80, seed=5)
     x, y = torch.stack([job.pixels for job in jobs]), torch.tensor([job.label for job in jobs])
-    theirs = SquareAttack(model, norm=norm, eps=eps, n_queries=150, device="cpu", seed=0)
-    broken = int((model(theirs.perturb(x, y)).argmax(1) != y).sum())
-    found = fooled(attack_all(model, Square(n_iter=150), ThreatModel(norm, eps), jobs))
-    assert 0 < broken <= len(found) < len(jobs)
+    broken = {"theirs": 0, "ours": 0, "ours with half the queries": 0}
+    for seed in range(4):
+        theirs = Everywhere(model, norm=norm, eps=eps, n_queries=150, device="cpu", seed=seed, resc_schedule=True)
+        broken["theirs"] += int((model(theirs.perturb(x, y)).argmax(1) != y).sum())
+        for name, queries in (("ours", 150), ("ours with half the queries", 75)):
+            attack = Square(n_iter=queries)
+            broken[name] += len(fooled(attack_all(model, attack, ThreatModel(norm, eps), jobs, lanes=80, seed=seed)))
+    assert 0 < broken["theirs"] - 4 <= broken["ours"] < 4 * len(jobs)
+    assert broken["ours with half the queries"] < broken["theirs"] - 4  # so that the comparison can tell
