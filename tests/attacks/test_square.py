@@ -194,7 +194,7 @@ def test_lanes_are_taken_up_again_whether_searches_may_be_given_up_or_not():
         assert len(attack_all(model, attack, ThreatModel("Linf", 0.05), jobs, lanes=4)) == 20
 
 
-@pytest.mark.parametrize(("norm", "eps"), [("Linf", 0.02), ("L2", 0.2)])
+@pytest.mark.parametrize(("norm", "eps"), [("Linf", 0.02), pytest.param("L2", 0.2, marks=pytest.mark.slow)])
 def test_square_is_as_strong_as_the_authors_implementation(norm, eps):
     """With the schedule stretched as ours is, and windows that reach the last row and column, as theirs never do.
 
@@ -210,11 +210,11 @@ def test_square_is_as_strong_as_the_authors_implementation(norm, eps):
     jobs = right_jobs(model, 80, seed=5)
     x, y = torch.stack([job.pixels for job in jobs]), torch.tensor([job.label for job in jobs])
     broken = {"theirs": 0, "ours": 0, "ours with half the queries": 0}
-    for seed in range(4):
+    for seed in range(2):
         theirs = Everywhere(model, norm=norm, eps=eps, n_queries=150, device="cpu", seed=seed, resc_schedule=True)
         broken["theirs"] += int((model(theirs.perturb(x, y)).argmax(1) != y).sum())
         for name, queries in (("ours", 150), ("ours with half the queries", 75)):
-            attack = Square(n_iter=queries)
+            attack = Square(n_iter=queries, futility=False)
             broken[name] += len(fooled(attack_all(model, attack, ThreatModel(norm, eps), jobs, lanes=80, seed=seed)))
-    assert 0 < broken["theirs"] - 4 <= broken["ours"] < 4 * len(jobs)
-    assert broken["ours with half the queries"] < broken["theirs"] - 4  # so that the comparison can tell
+    assert 0 < broken["theirs"] - 3 <= broken["ours"] < 2 * len(jobs)
+    assert broken["ours with half the queries"] < broken["theirs"] - 3  # so that the comparison can tell
