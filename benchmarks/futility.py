@@ -45,7 +45,7 @@ from robustvlm.attacks.threat import lengths
 from robustvlm.core.seeds import generator
 from robustvlm.errors import UserError
 
-_STEPS = (3, 5, 8, 10, 12, 15, 20, 25, 30, 40, 50, 75, 100)
+_STEPS = (3, 5, 6, 8, 10, 12, 15, 20, 25, 30, 40, 50, 75, 100)
 
 
 @dataclass(frozen=True, eq=False)

@@ -117,7 +117,7 @@ def split_rows(data: Encoded, parts: Parts, embed: Texts, photographs: Path, cac
     found["neglabel in groups"] = texts
     for title, one in (
         ("KR-NFT", best),
-        ("- far crops at the authors' weight", replace(start, negative_weight=0.3)),
+        ("- far crops at the authors' weight", replace(best, negative_weight=0.3)),
     ):
         found[title] = one.fit_crops(taught, labels[half])
     return {name: judged(score.predict, whole[half], sides) for name, score in found.items()}
