@@ -255,6 +255,7 @@ _MEANINGS = {
     "useful gradients": "Where the gradient is zero, an image looks robust only because the attack was blind.",
     "inside the ball": "An adversarial image counts only if its perturbation is within the stated size.",
     "size of the radius": "An attack that cannot move cannot succeed.",
+    "copies": "Pictures of one thing stand and fall together, so that many of them are less evidence than they seem.",
     "failed images": "They count as not robust, and are left out of the attack success rate.",
     "logits": "Attacks climb along losses of logits; probabilities have lost what they need.",
     "gradient against noise": "A gradient that does no better than noise shows the attack no way.",

@@ -24,6 +24,7 @@ from robustvlm.commands.attack.store import Ledger, make_rows, trim_gallery
 from robustvlm.commands.attack.summary import parse_condition as parse_condition
 from robustvlm.commands.attack.summary import summarise
 from robustvlm.commands.common.inputs import code_facts, describe_data, facts_of, probe_of, remarks_of
+from robustvlm.commands.common.questions import copies
 from robustvlm.commands.common.store import new_session
 from robustvlm.core.files import write_text
 from robustvlm.core.ranks import current_ranks, device_of_rank, resolve_device
@@ -106,6 +107,7 @@ class AttackWork:
             undefended=plan.model if checks.published(plan.model) else None,
             pixels=3 * area(plan.resolution),
         )
+        judged += copies(self.source.group(fact.image_id) for fact in clean)
         if plan.second_opinion is not None:
             random = ledger.drawn is not None
             judged += checks.of_second_opinion(clean, found, attack=self.attacks[-1].name, random=random)

@@ -61,12 +61,14 @@ class CertifyWork:
 
     Args:
         begin: makes the share of this process, given ledger, observer and ranks.
+        of_images: what there is to say of the images of these ids together.
         illustrate: given a folder and the rows, keeps pictures for the report; None if the images are not at hand.
     """
 
     facts: Facts
     config: CertifyConfig
     begin: Callable[[CertifyLedger, Observer, Ranks], Share]
+    of_images: Callable[[Sequence[str]], list[Check]]
     illustrate: Callable[[Path, list[dict[str, Any]]], None] | None = None
 
     def run(self, session: Session) -> None:
@@ -81,6 +83,7 @@ class CertifyWork:
             if ranks.leader:
                 ledger.sync()
                 require_some(ledger)
+                ledger.add_checks(self.of_images([fact.image_id for fact in ledger.found.values()]))
                 with session.results() as folder:
                     finish(ledger, session.manifest)
                     if self.illustrate is not None:

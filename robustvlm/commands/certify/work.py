@@ -31,6 +31,7 @@ from robustvlm.commands.certify.summary import parse_certify_condition
 from robustvlm.commands.certify.view import certify_report as report_of
 from robustvlm.commands.certify.view import show, write_certify_report
 from robustvlm.commands.common.inputs import Images, describe_data, facts_of, probe_of, remarks_of
+from robustvlm.commands.common.questions import copies
 from robustvlm.core.framing import trial_pixels
 from robustvlm.core.probe import change_of
 from robustvlm.core.ranks import Ranks, current_ranks, device_of_rank, resolve_device
@@ -43,7 +44,7 @@ from robustvlm.errors import BadSetting, UserError, setting
 from robustvlm.models import VLM
 from robustvlm.runs.folder import RunFolder
 from robustvlm.runs.manifest import Manifest
-from robustvlm.runs.records import find_run
+from robustvlm.runs.records import Check, find_run
 from robustvlm.runs.run import Facts
 from robustvlm.runs.settings import Observer
 from robustvlm.text import places_of
@@ -59,6 +60,7 @@ class Source:
     manifest: Manifest
     config: CertifyConfig
     rows: list[dict[str, Any]]
+    checks: list[Check]
 
     @property
     def identity(self) -> str:
@@ -78,7 +80,8 @@ def open_source(run: str, *, root: Path) -> Source:
         raise UserError(f"the run '{path}' kept no features: make it with {setting('cache', 'float16')}")
     if not folder.finished:
         raise UserError(f"the run '{path}' has not ended: give its command again to go on")
-    return Source(folder, manifest, config, load_certify_run(path).rows.to_pylist())
+    finished = load_certify_run(path)
+    return Source(folder, manifest, config, finished.rows.to_pylist(), finished.summary.checks)
 
 
 def open_replay(settings: CertifySettings) -> CertifyWork:
@@ -173,7 +176,8 @@ def open_replay(settings: CertifySettings) -> CertifyWork:
         probe=probe,
         more=more,
     )
-    return CertifyWork(facts, config, begin)
+    told = [check for check in source.checks if check.name == "copies"]
+    return CertifyWork(facts, config, begin, lambda _: told)
 
 
 def _without_gallery(data: dict[str, Any]) -> dict[str, Any]:
@@ -399,4 +403,4 @@ def open_sampling(settings: CertifySettings) -> CertifyWork:
         more=more,
     )
     illustrate = partial(save_extremes, source=source, framing=vlm.framing, noise=noise, seed=config.seed)
-    return CertifyWork(facts, config, begin, illustrate)
+    return CertifyWork(facts, config, begin, lambda ids: copies(map(source.group, ids)), illustrate)

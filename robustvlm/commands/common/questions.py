@@ -1,6 +1,6 @@
 """The first questions to a model, and what its answers show: its output, its draws, its gradients, its input range."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterable, Sequence
 
 from torch import Tensor
 
@@ -9,7 +9,7 @@ from robustvlm.attacks.honesty import Sanity
 from robustvlm.attacks.probe import ask_first
 from robustvlm.errors import UserError, setting
 from robustvlm.runs.records import Check
-from robustvlm.stats import rate
+from robustvlm.stats import rate, worth_of
 
 # The first questions to a model, and the note that a run makes where memory did not suffice for all of its lanes
 
@@ -32,6 +32,25 @@ def ask(oracle: Oracle, images: Tensor, label: Tensor, *, model: str) -> tuple[P
     if said is None:
         return found, []
     return found, [Check(name="lanes", level="note", message=f"{said[0].upper()}{said[1:]}.")]
+
+
+def copies(groups: Iterable[Hashable]) -> list[Check]:
+    """Say of images in groups that stand and fall together, by `DataSource.group`, that intervals count every one.
+
+    Example:
+        >>> copies(["cat/0", "dog/0"])
+        []
+        >>> copies(["cat", "cat", "dog", "dog"])[0].message.split(":")[0]
+        '4 images are worth 2 independent ones, as there are copies of one thing among them'
+    """
+    known = list(groups)
+    if len(set(known)) == len(known):
+        return []
+    message = (
+        f"{len(known):,} images are worth {worth_of(known):,.0f} independent ones, as there are copies of one thing "
+        "among them: intervals count every image, so they are of these images and narrow for others."
+    )
+    return [Check(name="copies", level="note", message=message)]
 
 
 # What the first questions to a model showed: its output, its randomness, its gradients, the range of its input
