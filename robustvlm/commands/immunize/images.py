@@ -149,7 +149,8 @@ def _encoded(
     the same folder."""
     if not path.exists():
         observer.begin(f"Encoding {title}", count_of_images(source, keep))
-        found = encode_source(vlm, source, keep=keep, on_images=counted(observer))
+        seed = int(owner["config"]["seed"])  # a random encoder's draws differ between runs of different seeds
+        found = encode_source(vlm, source, keep=keep, seed=seed, on_images=counted(observer))
         if not torch.isfinite(found.features).all():
             raise UserError(f"model '{vlm.spec}' gives NaN or infinite features for images of '{source.spec}'")
         write_features(path, found, owner)

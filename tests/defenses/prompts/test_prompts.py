@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 from tuned_classes import CLASSES
 
+from robustvlm.commands.immunize.images import encode_calibration
 from robustvlm.data import UNKNOWN, DataSource, Sample, Unreadable
 from robustvlm.defenses.prompt_towers import prompt_tokens, text_tower, token_embedding, word_vectors
 from robustvlm.defenses.prompts import (
@@ -28,6 +30,8 @@ from robustvlm.defenses.prompts import (
 from robustvlm.defenses.smoothing import smooth
 from robustvlm.errors import UserError
 from robustvlm.models import VLM, load_model
+from robustvlm.runs.manifest import Manifest
+from robustvlm.runs.settings import Observer
 
 
 def learner_of(vlm: VLM, length: int = 4, start: str = "a picture of a", seed: int = 0) -> PromptLearner:
@@ -215,6 +219,18 @@ def test_a_random_encoder_gives_the_same_features_again(tiny: VLM) -> None:
     assert torch.equal(torch.get_rng_state(), before)
     assert not torch.equal(encode_source(noisy, Dots(), batch_size=4, seed=1).features, first.features)
     assert len({tuple(row) for row in first.features.tolist()}) == 10  # black images all, and other noise for each
+
+
+def test_images_of_immunize_are_drawn_by_the_seed_of_their_run(tiny: VLM, tmp_path: Path) -> None:
+    def encoded(seed: int, folder: str) -> torch.Tensor:
+        owner: Manifest = {"format": 1, "kind": "immunize", "id": "1f", "config": {"seed": seed}}
+        (tmp_path / folder).mkdir()
+        noisy = smooth(tiny, 0.5, n0=2)
+        return encode_calibration(noisy, Dots(), tmp_path / folder, Observer(), owner=owner).features
+
+    first, again, other = encoded(1, "first"), encoded(1, "again"), encoded(2, "other")
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
 
 
 def test_a_model_of_transformers_text_is_told_from_one_without_embeddings() -> None:
