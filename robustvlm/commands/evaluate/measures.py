@@ -150,9 +150,8 @@ def _spread(images: NDArray[np.int64], right: NDArray[np.int64]) -> NDArray[np.f
 
 
 def macro_std_draws(
-    counts: Mapping[int, NDArray[np.int64]],
+    groups: Mapping[int, NDArray[np.int64]],
     *,
-    groups: Mapping[int, NDArray[np.int64]] | None = None,
     seed: int = 0,
     draws: int = DRAWS,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -163,30 +162,26 @@ def macro_std_draws(
 
     Args:
         groups: for each class [n, 3], a row for each group of copies, which are drawn and dealt out whole: the place
-            of its subgroup in `counts`, its images, the right ones. None: every image stands for itself.
+            of its subgroup among them all (0, 1, ...), its images, the right ones.
 
     Example:
-        >>> again, chance = macro_std_draws({0: np.array([[50, 50], [50, 0]])}, draws=100)
+        >>> alone = [(part, 1, part == 0) for part in (0, 1) for _ in range(50)]
+        >>> again, chance = macro_std_draws({0: np.array(alone)}, draws=100)
         >>> bool(again.min() > 0.4 > chance.max())
         True
     """
     generator = np.random.default_rng(seed)
     again, chance = np.zeros(draws), np.zeros(draws)
-    for label, table in counts.items():
-        kinds, cells = _single(table) if groups is None else _kinds(groups[label], len(table))
+    for table in groups.values():
+        kinds, cells = _kinds(table)
         whole = int(cells.sum())
         drawn = generator.multinomial(whole, cells.ravel() / whole, size=draws).reshape(draws, *cells.shape)
         again += _spread(*_counted(drawn, kinds))
         chance += _spread(*_counted(_dealt(cells, draws, generator), kinds))
-    return again / len(counts), chance / len(counts)
+    return again / len(groups), chance / len(groups)
 
 
-def _single(table: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return what `_kinds` does of images that stand for themselves."""
-    return np.array([[1, 1], [1, 0]]), np.stack([table[:, 1], table[:, 0] - table[:, 1]])
-
-
-def _kinds(groups: NDArray[np.int64], parts: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _kinds(groups: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return the kinds of group there are, (images, right) each: [K, 2], and how many a subgroup has of each: [K, G].
 
     All right and all wrong are listed at every size, which leaves the draws of single images what they are without
@@ -195,7 +190,7 @@ def _kinds(groups: NDArray[np.int64], parts: int) -> tuple[NDArray[np.int64], ND
     found = {(int(images), int(right)) for _, images, right in groups}
     kinds = sorted(found | {(size, right) for size, _ in found for right in (size, 0)}, reverse=True)
     place = {kind: number for number, kind in enumerate(kinds)}
-    cells = np.zeros((len(kinds), parts), dtype=np.int64)
+    cells = np.zeros((len(kinds), int(groups[:, 0].max()) + 1), dtype=np.int64)
     for part, images, right in groups:
         cells[place[int(images), int(right)], part] += 1
     return np.array(kinds), cells

@@ -385,7 +385,7 @@ def uneven(facts: Sequence[tuple[int, Any, bool, str]]) -> dict[str, Any] | None
         return None
     counts = {label: _summed(table) for label, table in groups.items()}
     value = measures.macro_std(counts)
-    again, chance = measures.macro_std_draws(counts, groups=groups)
+    again, chance = measures.macro_std_draws(groups)
     least, most = np.quantile(again, [0.025, 0.975])
     return {
         "divided": len(counts),
