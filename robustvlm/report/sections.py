@@ -13,6 +13,7 @@ from typing import Any, Literal
 from markupsafe import Markup
 
 from robustvlm.report.words import DASH, RANGE, Bar, Finding, copies_counted, count_of, interval, moment, percent, plain
+from robustvlm.runs.records import Check
 from robustvlm.stats import Mean, Rate
 from robustvlm.text import format_between, format_between_significant
 
@@ -313,8 +314,13 @@ def facts_line(manifest: Mapping[str, Any], *more: Inline) -> list[Inline]:
     return [*start, f", {moment(created)}"] if created else start
 
 
-def exact_intervals(manifest: Mapping[str, Any]) -> str:
-    """Return the footer of a report whose intervals count every image; "", the usual one, where none is a copy."""
+def exact_intervals(manifest: Mapping[str, Any], checks: Sequence[Check]) -> str:
+    """Return the footer of a report whose intervals count every image; "", the usual one, where none is a copy.
+
+    The usual one also where a check says it of these very images; runs from before there was that check lack it.
+    """
+    if any(check.name == "copies" for check in checks):
+        return ""
     copies = copies_counted(manifest["config"].get("data"))
     return f"Intervals are exact 95% Clopper{RANGE}Pearson intervals; bars carry them as whiskers. {copies}" * bool(
         copies
