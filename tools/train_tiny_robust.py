@@ -67,7 +67,8 @@ def main() -> None:
     options = parse_arguments()
     torch.set_flush_denormal(True)
     vlm = load_model(options.start)
-    before = (OUT / "training.json").read_text(encoding="utf-8")  # now: OUT may be where the new one goes
+    # Read now, as OUT may be where the new one goes.
+    earlier = {} if options.start == "tiny" else json.loads((OUT / "training.json").read_text(encoding="utf-8"))
     assert isinstance(vlm, ClipVLM)
     vlm.to(memory_format=torch.channels_last)
     vlm.model.visual.requires_grad_(True)
@@ -101,10 +102,9 @@ def main() -> None:
     network.save(vlm.model, options.out)
     shutil.copy(network.BPE, options.out)
     best = history.best()
-    earlier = json.loads(before) if options.start != "tiny" else {}
     record = {
         "command": " ".join(["python", "-m", "tools.train_tiny_robust", *sys.argv[1:]]),
-        "options": {key: value for key, value in vars(options).items() if not isinstance(value, Path)},
+        "options": {key: value for key, value in vars(options).items() if key not in ("out", "work")},
         "started_from": options.start,
         "before": [*earlier.get("before", []), earlier["command"]] if earlier else [],
         "train_sprites": len(data.batches_of.sprites.styles),
