@@ -29,7 +29,7 @@ from robustvlm.commands.detect.encoding import Answers, ChunkEncoder, Encoded, j
 from robustvlm.commands.immunize.images import read_features, write_features
 from robustvlm.core.seeds import generator
 from robustvlm.data import open_data
-from robustvlm.defenses import load_classifier
+from robustvlm.defenses import load_classifier, load_pipeline
 from robustvlm.defenses.prompts import Features
 from robustvlm.detect import GDA, MCM, Detector, Energy, Head, MaxLogit, NegLabel
 from robustvlm.detect.krnft import KRNFT
@@ -38,7 +38,7 @@ from robustvlm.detect.words import mine_negatives
 from robustvlm.runs.settings import Observer
 
 from .run import Row, paired, row, table
-from .sets import Task, emoji_splits, texts_of
+from .sets import Task, emoji_splits, encoded, place_of, texts_of
 from .variants import MISS, Scored, Variant, antibodies_of
 
 TRAIN = "emoji?split=train&copies=4&labels=all"
@@ -62,9 +62,10 @@ class Crops:
 
 def cropped(folder: Path, seed: int) -> Crops:
     """Return the crops of four training images of each of all classes, encoded once."""
-    path, source = folder / f"emoji-train-crops-{SHOTS}-{CROPS}-{seed}.safetensors", open_data(TRAIN)
+    vlm, source = load_pipeline("tiny"), open_data(TRAIN)
+    path = place_of(folder, f"emoji-train-crops-{SHOTS}-{CROPS}-{seed}", vlm, source)
     if not path.exists():
-        found = read_features(folder / "emoji-train-all.safetensors", {})
+        found = encoded(vlm, source, folder, "emoji-train-all")
         shots = few_of_each(Encoded(list(found.ids), found.labels, None, None), seed=seed)
         classifier = load_classifier("tiny", source.class_names, source.templates)
         encoder = ChunkEncoder(Answers(classifier, batch_size=64), seed=seed, observer=Observer())

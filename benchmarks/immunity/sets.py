@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -39,9 +40,15 @@ class Task:
     unknown_names: tuple[str, ...]
 
 
+def place_of(folder: Path, name: str, vlm: VLM, source: DataSource, limit: int | None = None) -> Path:
+    """Return the file of features in a folder: its own for every model, all data and any number of images."""
+    made_with = json.dumps([vlm.fingerprint, source.fingerprint(), limit])
+    return folder / f"{name}-{hashlib.sha256(made_with.encode()).hexdigest()[:12]}.safetensors"
+
+
 def encoded(vlm: VLM, source: DataSource, folder: Path, name: str, limit: int | None = None) -> Features:
     """Return the features of a source, from the folder if they are there."""
-    path = folder / f"{name}.safetensors"
+    path = place_of(folder, name, vlm, source, limit)
     if not path.exists():
         write_features(path, encode_source(vlm, source, limit=limit), {})
     return read_features(path, {})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import shutil
@@ -29,7 +30,17 @@ from robustvlm.models.transformers_files import read_config, split_sides
 from robustvlm.models.transformers_pixels import patches
 from robustvlm.models.transformers_vlm import TowerVLM, TransformersVLM, pooled
 
-from .transformers_folders import PAIRS, SIDE, TOWERS, VISION, clip_processor, make, write_processor
+from .transformers_folders import (
+    PAIRS,
+    SIDE,
+    TOWERS,
+    VISION,
+    bert_tokenizer,
+    clip_processor,
+    make,
+    siglip_tokenizer,
+    write_processor,
+)
 
 # Before 5.1 the text side of ChineseCLIP has a defect of its own.
 _VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
@@ -179,6 +190,32 @@ def test_cut_tokens_counts_what_does_not_fit(tmp_path: Path) -> None:
     # Start and end take two of 16 places; letters that were never merged take one each.
     assert vlm.cut_tokens(["zz", "z" * 14, "z" * 17]) == [0, 0, 3]
     torch.testing.assert_close(vlm.encode_text(["z" * 14 + "q"]), vlm.encode_text(["z" * 14 + "b"]))
+
+
+@pytest.mark.parametrize(("kind", "taken"), [("siglip", 1), ("clips", 3)])
+def test_tokens_are_counted_for_open_clips_wrappers_of_transformers(kind: str, taken: int, tmp_path: Path) -> None:
+    from open_clip.tokenizer import HFTokenizer, SigLipTokenizer
+
+    from robustvlm.models.clip import ClipVLM
+
+    vlm, room = copy.copy(load_model("tiny")), 12
+    assert isinstance(vlm, ClipVLM)
+    if kind == "siglip":  # ends and fills a text with one token
+        siglip_tokenizer(tmp_path, room)
+        wrapper = SigLipTokenizer.__new__(SigLipTokenizer)  # its constructor reads a T5 vocabulary
+        wrapper.tokenizer = transformers.AutoTokenizer.from_pretrained(str(tmp_path))
+        wrapper.context_length = room
+    else:  # puts a token for the class last, after those that fill
+        bert_tokenizer(tmp_path)
+        made = transformers.AutoTokenizer.from_pretrained(str(tmp_path))
+        made.add_special_tokens({"bos_token": "[CLS]", "eos_token": "[SEP]"})
+        made.save_pretrained(str(tmp_path))
+        wrapper = HFTokenizer(str(tmp_path), context_length=room, tokenizer_mode="clips")
+    vlm.tokenizer = wrapper
+    texts = ["z" * count for count in range(1, 25)]
+    lengths = [len(wrapper.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
+    assert {room - taken, room - taken + 1} <= set(lengths)  # one fits exactly, the next does not
+    assert vlm.cut_tokens(texts) == [max(0, length + taken - room) for length in lengths]
 
 
 def test_the_fingerprint_covers_both_towers_the_tokenizer_and_the_processor(tmp_path: Path) -> None:
