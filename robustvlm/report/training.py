@@ -149,9 +149,11 @@ def _footer(summary: TrainingSummary, config: Mapping[str, Any]) -> str:
     """Say what the intervals are, by the measures that there are; "", the usual, of shares alone without copies."""
     found = [measure for at in summary.history.validations for measure in at.measures.values()]
     kinds = [Rate if isinstance(measure, Rate) else Mean for measure in found if isinstance(measure, Rate | Mean)]
-    copies = copies_counted(config.get("val") or config["data"])
-    if copies and summary.worth is not None:
-        copies = "Copies of a drawing count once in them."
+    if summary.worth is None:
+        copies = copies_counted(config.get("val") or config["data"])
+    else:
+        fewer = any(measure.total > summary.worth for measure in found if isinstance(measure, Rate | Mean))
+        copies = "Copies of one thing count once in them." * fewer
     if Mean not in kinds and not copies:
         return ""
     of_shares = f"exact 95% Clopper{RANGE}Pearson intervals" + " of shares" * (Mean in kinds)

@@ -65,7 +65,8 @@ def test_the_footer_names_the_intervals_that_there_are_and_how_copies_count() ->
     score: dict[str, Rate | Mean | float] = {"score at 0.1": mean([0.1, 0.3])}
     assert footer(share, "imagefolder:photos", None) == ""  # the usual one
     assert footer(score, "imagefolder:photos", 2.0) == "Intervals are Student's 95% t intervals."
-    assert footer(score, "emoji", 2.0).endswith(" Copies of a drawing count once in them.")
+    for data in ("emoji", "wds:frames-of-one-film.tar"):
+        assert footer(score, data, 1.5).endswith(" Copies of one thing count once in them.")
     assert "Intervals count every image" in footer(score, "emoji", None)  # of an earlier version
     both = footer(share | score, "emoji?copies=1", 8.0)
     of_shares = f"exact 95% Clopper{RANGE}Pearson intervals of shares"
