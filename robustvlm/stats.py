@@ -186,6 +186,9 @@ def mean_share(values: Sequence[float], confidence: float = 0.95, *, independent
 class PairedTest(BaseModel):
     """Two yes/no outcomes of the same cases, cross-counted, with the p-value of "both are equally often yes".
 
+    Where copies of one thing are among the cases, the p-value is of `groups_first` and `groups_second`: the groups in
+    which the first, or the second, succeeds more often. None where every case is its own.
+
     Example:
         >>> mcnemar_exact([True, True, False], [True, False, False]).only_first
         1
@@ -198,34 +201,62 @@ class PairedTest(BaseModel):
     only_second: int
     neither: int
     p_value: float
+    groups_first: int | None = None
+    groups_second: int | None = None
 
     @property
     def total(self) -> int:
         """Number of cases compared."""
         return self.both + self.only_first + self.only_second + self.neither
 
+    @property
+    def lead(self) -> int:
+        """By how many of what the p-value is about the first is ahead of the second; negative where it is behind."""
+        if self.groups_first is None or self.groups_second is None:
+            return self.only_first - self.only_second
+        return self.groups_first - self.groups_second
 
-def mcnemar_exact(first: Sequence[bool], second: Sequence[bool]) -> PairedTest:
+
+def mcnemar_exact(
+    first: Sequence[bool], second: Sequence[bool], *, groups: Sequence[Hashable] | None = None
+) -> PairedTest:
     """Test whether two systems succeed equally often on the same cases; `first[i]` and `second[i]` are case i.
 
-    Only the discordant cases carry evidence: under the null they split as a fair coin. Raises ValueError when the
-    lengths differ. Source: McNemar, Psychometrika 12 (1947), in its exact (binomial) form, two-sided, by statsmodels.
+    Only the discordant cases carry evidence: under the null they split as a fair coin. Where copies of one thing are
+    among the cases, `groups[i]` says of which case i is one: only groups then are independent, and each speaks once, by
+    the system that succeeds more often in it (a sign test over groups; of groups of one it is McNemar's). The counts
+    are of cases in either form. Raises ValueError when the lengths differ.
+
+    Source: McNemar, Psychometrika 12 (1947), in its exact (binomial) form, two-sided, by statsmodels.
 
     Example:
         >>> mcnemar_exact([True] * 6, [False] * 6).p_value
         0.03125
+        >>> mcnemar_exact([True] * 6, [False] * 6, groups="aabbcc").p_value
+        0.25
     """
     from statsmodels.stats.contingency_tables import mcnemar
 
-    if len(first) != len(second):
-        raise ValueError(f"paired outcomes must have one length, got {len(first)} and {len(second)}")
+    lengths = {len(first), len(second), len(first if groups is None else groups)}
+    if len(lengths) > 1:
+        raise ValueError(f"paired outcomes must have one length, got {' and '.join(map(str, sorted(lengths)))}")
     pairs = [(bool(a), bool(b)) for a, b in zip(first, second, strict=True)]
     both, only_first = pairs.count((True, True)), pairs.count((True, False))
     only_second, neither = pairs.count((False, True)), pairs.count((False, False))
-    p_value = float(mcnemar([[both, only_first], [only_second, neither]], exact=True).pvalue)
-    # The doubled binomial tail passes 1 when the discordant cases split evenly.
+    ahead: Counter[Hashable] = Counter()
+    for group, (a, b) in zip(range(len(pairs)) if groups is None else groups, pairs, strict=True):
+        ahead[group] += a - b
+    more, less = sum(lead > 0 for lead in ahead.values()), sum(lead < 0 for lead in ahead.values())
+    p_value = float(mcnemar([[0, more], [less, 0]], exact=True).pvalue)
+    alone = len(ahead) == len(pairs)
     return PairedTest(
-        both=both, only_first=only_first, only_second=only_second, neither=neither, p_value=min(1.0, p_value)
+        both=both,
+        only_first=only_first,
+        only_second=only_second,
+        neither=neither,
+        p_value=min(1.0, p_value),  # the doubled binomial tail passes 1 where they split evenly
+        groups_first=None if alone else more,
+        groups_second=None if alone else less,
     )
 
 

@@ -97,6 +97,42 @@ def test_mcnemar_rarely_rejects_when_nothing_differs() -> None:
     assert np.mean(rejections) <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / 400)
 
 
+@given(st.lists(st.tuples(st.booleans(), st.booleans()), max_size=30), st.integers(2, 5))
+def test_copies_say_no_more_than_the_thing_alone(pairs: list[tuple[bool, bool]], copies: int) -> None:
+    first, second = [a for a, _ in pairs], [b for _, b in pairs]
+    alone = mcnemar_exact(first, second)
+    assert mcnemar_exact(first, second, groups=range(len(pairs))) == alone
+    several = mcnemar_exact(first * copies, second * copies, groups=[*range(len(pairs))] * copies)
+    assert several.p_value == alone.p_value
+    assert several.only_first == copies * alone.only_first
+    if pairs:
+        assert (several.groups_first, several.groups_second) == (alone.only_first, alone.only_second)
+
+
+def test_alike_copies_do_not_reject_what_does_not_differ() -> None:
+    """Eight copies of each of 40 things, right or wrong nearly together: counted one by one they reject at will."""
+    rng = np.random.default_rng(4)
+    groups = np.repeat(np.arange(40), 8).tolist()
+
+    def answers() -> list[bool]:
+        things = np.repeat(rng.random(40) < 0.6, 8)
+        return list(np.where(rng.random(320) < 0.1, ~things, things))
+
+    once = each = 0
+    for _ in range(200):
+        first, second = answers(), answers()
+        once += mcnemar_exact(first, second, groups=groups).p_value <= 0.05
+        each += mcnemar_exact(first, second).p_value <= 0.05
+    assert once <= 15
+    assert each >= 60
+
+
+def test_the_lead_is_that_of_what_the_p_value_counts() -> None:
+    test = mcnemar_exact([True] * 4 + [False] * 2, [False] * 4 + [True] * 2, groups="aaaabc")
+    assert (test.only_first, test.only_second, test.lead) == (4, 2, -1)
+    assert mcnemar_exact([True, True], [False, False]).lead == 2
+
+
 def test_mcnemar_refuses_unequal_lengths() -> None:
     with pytest.raises(ValueError, match="one length"):
         mcnemar_exact([True], [True, False])

@@ -216,14 +216,7 @@ def _attack(manifest: Manifest) -> Iterator[str]:
     if config.get("second_opinion"):
         yield f"The images left standing were attacked once more by {attack_words(config['second_opinion'])}."
     yield from _draws(config, manifest.get("drawn"))
-    yield from _counting_each(config)
-
-
-def _counting_each(config: Mapping[str, Any]) -> Iterator[str]:
-    """Say what intervals are that take images one by one."""
-    yield _EXACT
-    if copies := copies_counted(config.get("data")):
-        yield copies
+    yield from _counting_once(config)
 
 
 def _draws(config: Mapping[str, Any], drawn: Drawn | None) -> Iterator[str]:
@@ -245,7 +238,7 @@ def _counting_once(config: Mapping[str, Any]) -> Iterator[str]:
     """Say what intervals are that take copies of one thing for one case, where there are any."""
     yield _EXACT
     if copies_counted(config.get("data")):
-        yield "Where the report says that copies of a drawing count as one, they are those of that many cases."
+        yield "Where the report says that copies of one thing count once, they are those of that many cases."
 
 
 def _judge(manifest: Manifest) -> Iterator[str]:
@@ -329,7 +322,7 @@ def _certify(manifest: Manifest) -> Iterator[str]:
     if config.get("min_cos") is not None:
         yield f"The cosine asked for was {config['min_cos']:g}."
     yield "Radii are rounded down, and an abstention counts as the radius 0."
-    yield from _counting_each(config)
+    yield from _counting_once(config)
 
 
 # Evaluation

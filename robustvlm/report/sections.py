@@ -314,12 +314,13 @@ def facts_line(manifest: Mapping[str, Any], *more: Inline) -> list[Inline]:
     return [*start, f", {moment(created)}"] if created else start
 
 
-def exact_intervals(manifest: Mapping[str, Any], checks: Sequence[Check]) -> str:
+def exact_intervals(manifest: Mapping[str, Any], checks: Sequence[Check], worth: float | None) -> str:
     """Return the footer of a report whose intervals count every image; "", the usual one, where none is a copy.
 
-    The usual one also where a check says it of these very images; runs from before there was that check lack it.
+    The usual one also where intervals count copies once, as all but those of earlier runs do (`worth` is not None), or
+    where a check says of these very images that they do not.
     """
-    if any(check.name == "copies" for check in checks):
+    if worth is not None or any(check.name == "copies" for check in checks):
         return ""
     copies = copies_counted(manifest["config"].get("data"))
     return f"Intervals are exact 95% Clopper{RANGE}Pearson intervals; bars carry them as whiskers. {copies}" * bool(

@@ -159,7 +159,9 @@ def test_copies_of_one_drawing_count_once_in_intervals(place: Path, run: Any, mo
     assert (worst.successes, worst.total) == (each.successes, each.total) == (6, 12)
     assert (worst.low, worst.high) == pytest.approx((rate(2, 4).low, rate(2, 4).high))
     assert as_read(copies).of("planted:plain").adaptive.low == pytest.approx(worst.low)
-    assert "of 4 images: copies of one drawing count once" in intervals_of(copies)
+    shared = copies.of("planted:plain").protocol
+    assert shared.p_value == pytest.approx(2 * 0.5 ** (shared.groups_first + shared.groups_second)) or not shared.lead
+    assert "of 4 images, as copies of one thing count once, in p as well" in intervals_of(copies)
     assert "copies" not in intervals_of(run.summary.model_copy(update={"worth": None}))
 
 

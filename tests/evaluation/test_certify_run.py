@@ -80,7 +80,7 @@ def test_processes_share_the_images_and_find_the_same(make_folder: MakeFolder) -
             shared.work.begin(ledger, Observer(), Ranks(rank=rank, size=2)).run()
         assert [len(ledger.found) for ledger in ledgers] == [3, 2]
         ledgers[0].sync()
-        finish(ledgers[0], manifest)
+        finish(ledgers[0], manifest, str)
         for ledger in ledgers:
             ledger.close()
     assert rows(shared) == rows(alone)

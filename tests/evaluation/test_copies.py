@@ -1,4 +1,4 @@
-"""Intervals of attacks and certificates count every image: of pictures of one thing among them the run says so."""
+"""Intervals of attacks and certificates count copies of one thing once, and the run says how many things there are."""
 
 from __future__ import annotations
 
@@ -6,7 +6,12 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import pytest
+from scipy.stats import beta
+
 import robustvlm as rv
+from robustvlm.data.emoji import EmojiSource
+from robustvlm.stats import Rate
 
 
 def told(run: Any) -> list[str]:
@@ -19,13 +24,28 @@ def worth(ids: list[str]) -> float:
     return len(ids) / (sum(size * size for size in sizes) / len(ids))
 
 
+def is_of(found: Rate, independent: float) -> bool:
+    """Whether an interval is that of so many images, by the quantiles of the beta distribution."""
+    hits, misses = (share * independent for share in (found.successes / found.total, 1 - found.successes / found.total))
+    low = beta.ppf(0.025, hits, misses + 1) if hits else 0.0
+    high = beta.ppf(0.975, hits + 1, misses) if misses else 1.0
+    return (found.low, found.high) == pytest.approx((low, high))
+
+
 def test_an_attack_says_how_many_independent_images_there_are(tmp_path: Path) -> None:
     few: dict[str, Any] = {"attack": "pgd:steps=1", "checks": "none", "limit": 24, "out": tmp_path}
     run = rv.attack("tiny", data="emoji?split=test", **few)
     ids = run.rows.column("image_id").unique().to_pylist()
     assert len(ids) == 24 > worth(ids)
     assert told(run)[0].startswith(f"24 images are worth {worth(ids):.0f} independent ones")
-    assert told(rv.attack("tiny", data="emoji?split=test&copies=1", **few)) == []
+    assert run.summary.images.worth == pytest.approx(worth(ids))
+    at = run.summary.per_eps[0]
+    assert at.robust_accuracy.total == 24
+    assert is_of(at.robust_accuracy, worth(ids))
+    assert not is_of(at.robust_accuracy, 24)
+    alone = rv.attack("tiny", data="emoji?split=test&copies=1", **few)
+    assert told(alone) == []
+    assert is_of(alone.summary.per_eps[0].robust_accuracy, 24)
 
 
 def test_certificates_say_it_too_and_so_do_those_from_kept_features(tmp_path: Path) -> None:
@@ -34,3 +54,16 @@ def test_certificates_say_it_too_and_so_do_those_from_kept_features(tmp_path: Pa
     assert told(run)[0].startswith(f"11 images are worth {worth(ids):.0f} independent ones")
     again = rv.certify("tiny", from_cache=str(run.folder), prompts="independent", out=tmp_path)
     assert told(again) == told(run)
+    for one in (run.summary, again.summary):
+        assert one.worth == pytest.approx(worth(ids))
+        assert is_of(one.abstained, worth(ids))
+
+
+def test_kept_features_whose_ids_do_not_tell_copies_say_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a source of one's own: what its images are copies of stands in no file."""
+    monkeypatch.setattr(EmojiSource, "group", lambda *_: "one film")
+    run = rv.certify("tiny", data="emoji?split=test&copies=1", limit=4, samples=100, cache="float16", out=tmp_path)
+    assert run.summary.worth == 1
+    again = rv.certify("tiny", from_cache=str(run.folder), prompts="independent", out=tmp_path)
+    assert told(again)[0].startswith("The images are worth 1 independent one, and their ids do not tell")
+    assert again.summary.worth == 4

@@ -187,6 +187,14 @@ def test_detect_goes_on_under_corruptions(detect_run: DetectRun, monkeypatch: py
     assert lasting(detect_run(batch_size=4, **options).start().summary) == lasting(straight)
 
 
+def counting_each(run: Any) -> Any:
+    """Return an attack run as it was before intervals counted copies once."""
+    (at,), images = run.summary.per_eps, run.summary.images.model_copy(update={"worth": None})
+    of_each = rate(at.robust_accuracy.successes, at.robust_accuracy.total)
+    points = [at.model_copy(update={"robust_accuracy": of_each})]
+    return replace(run, summary=run.summary.model_copy(update={"images": images, "per_eps": points}))
+
+
 def on_data(run: Any, facts: dict[str, object]) -> Any:
     return replace(run, manifest=run.manifest | {"data": run.manifest["data"] | facts})
 
@@ -263,12 +271,18 @@ def test_attacked_rows_count_copies_of_a_drawing_once_as_the_others_do(
     robust = attack.summary.per_eps[0].robust_accuracy  # type: ignore[union-attr]
     expected = doc.Measure.of(rate(robust.successes, robust.total, independent=run.worth))
     assert (clean, attacked) == (doc.Measure.of(run.accuracy), expected)
-    assert attacked != doc.Measure.of(robust)
+    assert attacked == doc.Measure.of(robust)
+    before = counting_each(attack)
+    assert table(run, [before]).rows == shown.rows
+    assert doc.Measure.of(before.summary.per_eps[0].robust_accuracy) != attacked
     spread = next(evenness(run, [attack]))  # type: ignore[list-item]
     (of_run,) = (one for one in run.unevenness if one.by == "subgroups")
     assert spread.rows[0][1:4] == spread_cells(  # type: ignore[union-attr]
         of_run.value, of_run.low, of_run.high, of_run.by_chance, of_run.p_value
     )
-    untold = on_data(attack, {"spec": "mine:source"})
+    untold = on_data(before, {"spec": "mine:source"})
     assert "one by one" in str(table(run, [untold]).caption)
     assert "one by one" not in str(shown.caption)
+    told = table(run, [on_data(attack, {"spec": "mine:source"})])  # type: ignore[list-item]
+    assert told.rows[1] == shown.rows[1]
+    assert "one by one" not in str(told.caption)

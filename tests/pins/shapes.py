@@ -16,6 +16,8 @@ ADDED = {
     "says_classes",
     "spread",
     "worth",
+    "groups_first",
+    "groups_second",
     "apart",
     "likely_least",
     "likely_most",

@@ -61,7 +61,7 @@ def _image_rows(
             steps = 20 if outcome == "robust" else int(rng.integers(1, 20)) if ran else 0
             rows.append(
                 {
-                    "index": index, "image_id": f"emoji/test/{index:05d}", "label": label, "clean_prediction": clean,
+                    "index": index, "image_id": f"emoji/test/{index:05d}/0", "label": label, "clean_prediction": clean,
                     "attack": attack, "norm": "Linf", "eps": eps, "outcome": outcome,
                     "adversarial_prediction": other if outcome == "fooled" else label if ran else -1,
                     "steps": steps, "passes": steps + 1 if ran else 0,

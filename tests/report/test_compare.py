@@ -56,6 +56,27 @@ def test_counts_match_the_rows_on_common_images(pair: tuple[AttackedRun, Attacke
     assert [c.adjusted for c in comparisons] == holm([c.test.p_value for c in comparisons])
 
 
+def test_copies_of_a_drawing_count_once(pair: tuple[AttackedRun, AttackedRun]) -> None:
+    def copied(run: AttackedRun) -> AttackedRun:
+        rows = [
+            {**row, "index": 3 * row["index"] + copy, "image_id": f"{row['image_id'][:-1]}{copy}"}
+            for row in run.rows.to_pylist()
+            for copy in range(3)
+        ]
+        return AttackedRun(run.folder, run.manifest, run.summary, pa.Table.from_pylist(rows, schema=run.rows.schema))
+
+    for one, three in zip(compare(*pair), compare(*map(copied, pair)), strict=True):
+        assert three.test.p_value == one.test.p_value
+        assert three.test.total == 3 * one.test.total
+        assert three.test.groups_second == one.test.only_second
+        assert (three.first_rate.low, three.second_rate.high) == pytest.approx(
+            (one.first_rate.low, one.second_rate.high)
+        )
+        assert three.finding == one.finding
+    page = page_of(comparison_report(list(pair), compare(*map(copied, pair))))
+    assert "Copies of one thing count once in intervals and tests" in page
+
+
 def test_a_run_does_not_differ_from_itself(pair: tuple[AttackedRun, AttackedRun]) -> None:
     comparisons = compare(pair[0], pair[0])
     assert {c.adjusted for c in comparisons} == {1.0}
@@ -72,7 +93,7 @@ def test_swapping_the_runs_swaps_the_finding(pair: tuple[AttackedRun, AttackedRu
 
 
 def test_undecided_images_are_not_compared(pair: tuple[AttackedRun, AttackedRun]) -> None:
-    lost = f"emoji/test/{next(r['index'] for r in pair[1].rows.to_pylist() if r['outcome'] == 'robust'):05d}"
+    lost = f"emoji/test/{next(r['index'] for r in pair[1].rows.to_pylist() if r['outcome'] == 'robust'):05d}/0"
     broken = edit_rows(
         pair[1], lambda r: {**r, "outcome": "failed"} if r["image_id"] == lost and r["outcome"] == "robust" else r
     )

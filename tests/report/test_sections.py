@@ -45,7 +45,7 @@ from robustvlm.report.sections import (
 )
 from robustvlm.report.words import RANGE, Finding, number, percent
 from robustvlm.runs.records import Check
-from robustvlm.stats import Mean, rate
+from robustvlm.stats import Mean, PairedTest, rate
 
 
 def shown(*blocks: object, width: int = 80) -> str:
@@ -221,7 +221,7 @@ def test_the_colour_of_a_verdict_is_also_a_sign_with_a_word(tone: str, word: str
 def test_a_judged_defence_has_a_colour_for_a_clear_difference_only(
     first: int, second: int, p: float, level: str, tone: str
 ) -> None:
-    gain = SimpleNamespace(only_first=first, only_second=second)
+    gain = PairedTest(both=0, only_first=first, only_second=second, neither=0, p_value=p)
     checks = [SimpleNamespace(level=level)]
     assert tone_of(SimpleNamespace(gain=gain, gain_p=p, checks=checks)) == tone  # type: ignore[arg-type]
     assert tone_of(SimpleNamespace(gain=None, gain_p=None, checks=[])) == "neutral"  # type: ignore[arg-type]
@@ -229,10 +229,11 @@ def test_a_judged_defence_has_a_colour_for_a_clear_difference_only(
 
 def test_reports_say_where_copies_make_intervals_too_narrow() -> None:
     bundled, own = ({"config": {"data": data}} for data in ("emoji?split=test", "imagefolder:emoji"))
-    assert "the bundled data have copies of each drawing" in exact_intervals(bundled, [])
+    assert "the bundled data have copies of each drawing" in exact_intervals(bundled, [], None)
+    assert exact_intervals(bundled, [], 24.0) == ""
     said = Check(name="copies", level="note", message="24 images are worth 19 independent ones")
-    assert exact_intervals(bundled, [said]) == ""
-    assert exact_intervals(own, []) == ""
+    assert exact_intervals(bundled, [said], None) == ""
+    assert exact_intervals(own, [], None) == ""
 
 
 def test_printed_intervals_cover_what_was_computed_and_only_none_is_zero_percent() -> None:

@@ -47,6 +47,27 @@ def summary(*facts: CertifyFact, **config: Any) -> CertifySummary:
     return summarise_certify(make_certify_rows(facts), manifest(**config))
 
 
+def test_copies_of_every_image_leave_intervals_as_they_were() -> None:
+    radii = [0.4, 0.2, 0.0, 0.3]
+    alone = summary(*(fact(i, radius, correct=i > 0) for i, radius in enumerate(radii)))
+    rows = make_certify_rows([fact(i, radii[i // 3], correct=i // 3 > 0) for i in range(12)])
+    both = summarise_certify(rows, manifest(), group=lambda name: str(int(name[1:]) // 3))
+    assert (alone.worth, both.worth) == (4.0, 4.0)
+    pairs = [(alone.abstained, both.abstained), (alone.correct, both.correct)]
+    pairs += [(alone.certified_correct, both.certified_correct)]
+    for one, other in zip(alone.at, both.at, strict=True):
+        pairs += [(one.certified, other.certified), (one.correct, other.correct)]
+        pairs += [(one.others[name], other.others[name]) for name in one.others]
+    pairs += [(one.abstained, other.abstained) for one, other in zip(alone.methods, both.methods, strict=True)]
+    for one_rate, other_rate in pairs:
+        assert one_rate is not None
+        assert other_rate is not None
+        assert other_rate.total == 3 * one_rate.total
+        assert (other_rate.low, other_rate.value, other_rate.high) == pytest.approx(
+            (one_rate.low, one_rate.value, one_rate.high)
+        )
+
+
 def test_shares_and_means_by_hand() -> None:
     found = summary(
         fact(0, 0.4), fact(1, 0.2), fact(2, 0.0), fact(3, 0.3, correct=False), fact(4, 0.1, correct=None, label=-1)

@@ -8,10 +8,11 @@ import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import BaseModel
 
 from robustvlm.commands.attack.summary import Summary, summarise
 from robustvlm.runs.records import Check, Cost, UnreadableImage
-from robustvlm.stats import rate
+from robustvlm.stats import Rate, rate
 
 CLASSES = ["cat", "dog", "car", "bus"]
 SUPERCLASSES = {"cat": "animal", "dog": "animal", "car": "vehicle", "bus": "vehicle"}
@@ -101,6 +102,38 @@ def test_counts_match_brute_force(run: tuple[list[Row], dict[str, Any]]) -> None
                 assert group.attack_success_rate == rate(
                     mine.count("fooled"), mine.count("fooled") + mine.count("robust")
                 )
+
+
+@settings(max_examples=40, deadline=None)
+@given(runs(), st.integers(2, 4), st.integers(0, 3))
+def test_copies_of_every_image_leave_intervals_as_they_were(
+    run: tuple[list[Row], dict[str, Any]], copies: int, waiting: int
+) -> None:
+    rows, manifest = run
+    several = [
+        {**row, "index": copies * row["index"] + copy, "image_id": f"{row['image_id']}#{copy}"}
+        for row in rows
+        for copy in range(copies)
+    ]
+    alone = summarise(rows, manifest, waiting=waiting if rows else 0)
+    both = summarise(
+        several, manifest, waiting=copies * waiting if rows else 0, group=lambda name: name.rpartition("#")[0]
+    )
+    assert both.images.worth == alone.images.worth == alone.images.evaluated
+
+    def same(first: Any, second: Any) -> None:
+        if isinstance(first, Rate):
+            assert second.total == copies * first.total
+            assert second.value == first.value
+            assert (second.low, second.high) == pytest.approx((first.low, first.high))
+        elif isinstance(first, BaseModel):
+            for name in type(first).model_fields:
+                same(getattr(first, name), getattr(second, name))
+        elif isinstance(first, list):
+            for one, other in zip(first, second, strict=True):
+                same(one, other)
+
+    same(alone, both)
 
 
 @settings(max_examples=40, deadline=None)

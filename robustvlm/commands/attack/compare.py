@@ -13,12 +13,12 @@ from robustvlm.commands.attack.record import AttackedRun, headline, load_run
 from robustvlm.commands.attack.report import share
 from robustvlm.commands.attack.summary import EpsSummary
 from robustvlm.commands.attack.verdicts import tree_levels
-from robustvlm.data.splits import same_images
+from robustvlm.data.splits import group_of, same_images
 from robustvlm.report import sections as doc
 from robustvlm.report.page import drawing, page_of, write_page
 from robustvlm.report.words import manifest_rows, norm_name, plain, sentence
 from robustvlm.runs.records import find_run
-from robustvlm.stats import PairedTest, Rate, holm, mcnemar_exact, rate
+from robustvlm.stats import PairedTest, Rate, holm, mcnemar_exact, rate, worth_of
 
 LEVEL = 0.05
 CLEAN = "unperturbed"
@@ -45,9 +45,9 @@ class Comparison:
     @property
     def finding(self) -> int | None:
         """Position of the run shown to be right more often; None when the difference may be chance."""
-        if self.adjusted > LEVEL or self.test.only_first == self.test.only_second:
+        if self.adjusted > LEVEL or not self.test.lead:
             return None
-        return self.first if self.test.only_first > self.test.only_second else self.second
+        return self.first if self.test.lead > 0 else self.second
 
     def as_dict(self, names: Sequence[str]) -> dict[str, Any]:
         """Return the comparison as plain JSON values, runs by name."""
@@ -72,8 +72,8 @@ def compare(*given: AttackedRun | str | Path) -> list[Comparison]:
 
     An image is the same when its data (`robustvlm.data.splits.same_images`), its id and the name of its class agree; of
     runs on other data nothing is tested. Where a run stopped early and has undecided images
-    there is no test: those that it has decided are the ones that fall easily. Source: McNemar's exact test, Holm's
-    correction.
+    there is no test: those that it has decided are the ones that fall easily. Copies of one thing, as far as ids tell
+    them, count once in tests and intervals. Source: McNemar's exact test, Holm's correction.
 
     Args:
         given: finished attack runs, as they were returned or by folder, or by name under `runs/`.
@@ -82,30 +82,34 @@ def compare(*given: AttackedRun | str | Path) -> list[Comparison]:
         UserError: a folder holds no finished attack run.
     """
     runs = [run if isinstance(run, AttackedRun) else load_run(find_run(run)) for run in given]
-    tested: list[tuple[int, int, str, PairedTest]] = []
+    tested: list[tuple[int, int, str, PairedTest, float]] = []
     answers = [_answers(run) for run in runs]
     for (i, first), (j, second) in itertools.combinations(enumerate(answers), 2):
         if not _same_images(runs[i], runs[j]):
             continue
+        group = group_of(str((runs[i].manifest.get("data") or {}).get("spec") or ""))
         for condition in [c for c in first if c in second]:
             shared = [image for image in first[condition] if image in second[condition]]
             if shared:
+                groups = [group(name) for name, _ in shared]
                 test = mcnemar_exact(
-                    [first[condition][image] for image in shared], [second[condition][image] for image in shared]
+                    [first[condition][image] for image in shared],
+                    [second[condition][image] for image in shared],
+                    groups=groups,
                 )
-                tested.append((i, j, _text(runs[i], condition), test))
-    adjusted = holm([test.p_value for *_, test in tested])
+                tested.append((i, j, _text(runs[i], condition), test, worth_of(groups)))
+    adjusted = holm([test.p_value for *_, test, _ in tested])
     return [
         Comparison(
             first=i,
             second=j,
             condition=text,
-            first_rate=rate(test.both + test.only_first, test.total),
-            second_rate=rate(test.both + test.only_second, test.total),
+            first_rate=rate(test.both + test.only_first, test.total, independent=worth),
+            second_rate=rate(test.both + test.only_second, test.total, independent=worth),
             test=test,
             adjusted=p,
         )
-        for (i, j, text, test), p in zip(tested, adjusted, strict=True)
+        for (i, j, text, test, worth), p in zip(tested, adjusted, strict=True)
     ]
 
 
@@ -329,6 +333,10 @@ def _tests(comparisons: Sequence[Comparison], keys: Sequence[str]) -> list[doc.B
         f"{len(comparisons)} tests on this page. “Only the first” counts images that the first of the two runs gets "
         "right and the second does not."
     )
+    if any(c.test.groups_first is not None for c in comparisons):
+        lead += (
+            " Copies of one thing count once in intervals and tests: it speaks for the run that is right more often."
+        )
     rows: list[doc.Row] = []
     for c in comparisons:
         found: doc.Line = (

@@ -119,8 +119,9 @@ def _unperturbed(summary: Summary) -> tuple[Rate, Rate]:
     images = summary.images
     if images.exposed in (None, images.clean_correct):
         return summary.clean_accuracy, summary.clean_accuracy_at_most or summary.clean_accuracy
-    total = images.evaluated + images.waiting
-    return rate(images.exposed or 0, total), rate((images.exposed or 0) + images.waiting, total)
+    total, exposed = images.evaluated + images.waiting, images.exposed or 0
+    worth = None if images.worth is None else images.worth / max(1, images.evaluated) * total
+    return rate(exposed, total, independent=worth), rate(exposed + images.waiting, total, independent=worth)
 
 
 _CHARACTER = 0.019

@@ -10,7 +10,7 @@ from typing import Any
 from robustvlm.commands.attack import verdicts
 from robustvlm.errors import UserError, nearest
 from robustvlm.runs.records import Check, Comparison, Cost, Drawn, Estimate, Record, UnreadableImage, parse_comparison
-from robustvlm.stats import Mean, Rate, mean, rate
+from robustvlm.stats import Mean, Rate, mean, worth_of
 
 
 class Images(Record):
@@ -19,7 +19,8 @@ class Images(Record):
     `exposed` are those on which the goal was not reached unperturbed (None in runs from before there were goals: the
     ones classified right); `left_out` those that the goal is not about, such as images of unknown classes; `waiting`
     those that a run which stopped early has not classified yet; `uncounted`: there may be more of them, in a stream of
-    unknown length, so that no rate is known.
+    unknown length, so that no rate is known. `worth` is how many independent images those evaluated are worth, where
+    copies of one thing are among them: intervals are those of so many. None in runs whose intervals count every image.
     """
 
     evaluated: int
@@ -29,6 +30,7 @@ class Images(Record):
     left_out: int = 0
     waiting: int = 0
     uncounted: bool = False
+    worth: float | None = None
 
 
 class AttackSummary(Record):
@@ -171,11 +173,13 @@ def summarise(
     unfinished: str | None = None,
     estimate: Estimate | None = None,
     drawn: Drawn | None = None,
+    group: Callable[[str], str] = str,
 ) -> Summary:
     """Return the summary of result rows (an Arrow table or a list of dicts) under their manifest.
 
-    Every rate has its exact 95 % interval. Classes without an image are left out. `waiting` images are not classified
-    yet: they count as wrong, and as right in what rates are at most.
+    Every rate has its exact 95 % interval, in which images of one `group`, by their ids, count once. Classes without an
+    image are left out. `waiting` images are not classified yet: they count as wrong, and as right in what rates are at
+    most.
 
     Example:
         >>> manifest = {"config": {"norm": "Linf", "eps": [0.1], "eps_text": ["0.1"], "attack": ["pgd"]},
@@ -187,7 +191,7 @@ def summarise(
     """
     config = manifest["config"]
     goals = config.get("goals") or ["misclassify"]
-    table = verdicts.verdicts(rows, eps=config["eps"], attacks=config["attack"], goal=goals[0])
+    table = verdicts.verdicts(rows, eps=config["eps"], attacks=config["attack"], goal=goals[0], group=group)
     texts = dict(zip(map(float, config["eps"]), config["eps_text"], strict=True))
     work = _work(rows, goals[0])
     can_reject = bool((manifest.get("model") or {}).get("can_reject"))
@@ -208,11 +212,21 @@ def summarise(
             left_out=left_out,
             waiting=waiting,
             uncounted=uncounted,
+            worth=worth_of(image.group for image in table.images),
         ),
-        clean_accuracy=rate(correct, len(table.images) + waiting),
-        clean_accuracy_at_most=rate(correct + waiting, len(table.images) + waiting) if waiting else None,
+        clean_accuracy=table.share(correct, waiting=waiting),
+        clean_accuracy_at_most=table.share(correct + waiting, waiting=waiting) if waiting else None,
         per_eps=[
-            _at_eps(table, i, text=texts.get(eps, f"{eps:g}"), work=work, rows=rows, manifest=manifest, waiting=waiting)
+            _at_eps(
+                table,
+                i,
+                text=texts.get(eps, f"{eps:g}"),
+                work=work,
+                rows=rows,
+                manifest=manifest,
+                waiting=waiting,
+                group=group,
+            )
             for i, eps in enumerate(table.eps)
         ],
         cost=cost or Cost(),
@@ -243,6 +257,7 @@ def _at_eps(
     rows: verdicts.Rows,
     manifest: Mapping[str, Any],
     waiting: int,
+    group: Callable[[str], str],
 ) -> EpsSummary:
     data, config = manifest["data"], manifest["config"]
     goals = config.get("goals") or ["misclassify"]
@@ -250,8 +265,8 @@ def _at_eps(
     levels = verdicts.tree_levels(data) if named else []
     outcomes = [(image, table.after(image, index)) for image in table.images]
     count = Counter(outcome for _, outcome in outcomes)
-    count["undecided"] += waiting
-    total, attacked = len(outcomes) + waiting, count["fooled"] + count["robust"] + count["undecided"]
+    undecided = count["undecided"] + waiting
+    attacked = [image for image, outcome in outcomes if outcome != "clean_wrong"]
     features = goals[0].startswith("feature")
     # Feature goals look at the encoder, below any refusal.
     refuses = bool((manifest.get("model") or {}).get("can_reject")) and not features
@@ -263,34 +278,38 @@ def _at_eps(
         eps_text=text,
         fooled=count["fooled"],
         robust=count["robust"],
-        undecided=count["undecided"],
-        robust_accuracy=rate(count["robust"], total),
-        robust_accuracy_at_most=rate(count["robust"] + count["undecided"], total),
-        attack_success_rate=_success_rate(count),
-        attack_success_rate_at_least=rate(count["fooled"], attacked),
-        attack_success_rate_at_most=rate(count["fooled"] + count["undecided"], attacked),
+        undecided=undecided,
+        robust_accuracy=table.share(count["robust"], waiting=waiting),
+        robust_accuracy_at_most=table.share(count["robust"] + undecided, waiting=waiting),
+        attack_success_rate=_success_rate(table, outcomes),
+        attack_success_rate_at_least=table.share(count["fooled"], attacked, waiting=waiting),
+        attack_success_rate_at_most=table.share(count["fooled"] + undecided, attacked, waiting=waiting),
         per_attack=[
             _attack(table, index, j, work[table.eps[index], name], waiting) for j, name in enumerate(table.attacks)
         ],
-        per_class=_groups(outcomes, lambda image: names[image.label] if image.label >= 0 else None),
+        per_class=_groups(table, outcomes, lambda image: names[image.label] if image.label >= 0 else None),
         per_superclass=_groups(
-            outcomes, lambda image: superclasses.get(names[image.label]) if image.label >= 0 else None
+            table, outcomes, lambda image: superclasses.get(names[image.label]) if image.label >= 0 else None
         ),
         levels=verdicts.level_summaries(rows, table, index, levels, waiting=waiting) if len(goals) == 1 else [],
-        transfer=verdicts.level_transfer(rows, goals, index, levels, config, waiting=waiting)
+        transfer=verdicts.level_transfer(rows, goals, index, levels, config, waiting=waiting, group=group)
         if len(goals) > 1 and levels
         else None,
-        cosine=_cosine(recorded) if features else None,
+        cosine=_cosine(recorded, group) if features else None,
         acceptance=_acceptance(recorded) if refuses else None,
     )
 
 
-def _cosine(recorded: Sequence[verdicts.Point]) -> Cosine | None:
+def _cosine(recorded: Sequence[verdicts.Point], group: Callable[[str], str]) -> Cosine | None:
     known = [point for point in recorded if point.cosine is not None and math.isfinite(point.cosine)]
     if not known:
         return None
     clean, attacked = ([p.clean_cosine for p in known], [p.cosine for p in known])
-    return Cosine(clean=mean(clean, within=(-1.0, 1.0)), attacked=mean(attacked, within=(-1.0, 1.0)))
+    worth = worth_of(group(point.image_id) for point in known)
+    return Cosine(
+        clean=mean(clean, within=(-1.0, 1.0), independent=worth),
+        attacked=mean(attacked, within=(-1.0, 1.0), independent=worth),
+    )
 
 
 def _acceptance(recorded: Sequence[verdicts.Point]) -> Acceptance:
@@ -311,46 +330,50 @@ def _attack(
     table: verdicts.Verdicts, eps_index: int, attack_index: int, done: Counter[str], waiting: int
 ) -> AttackSummary:
     after = Counter(table.after(image, eps_index, attack_index) for image in table.images)
-    total, held = len(table.images) + waiting, after["robust"]
+    held = after["robust"]
     return AttackSummary(
         attack=table.attacks[attack_index],
         attacked=done["fooled"] + done["robust"] + done["failed"],
         fooled=done["fooled"],
         failed=done["failed"],
-        robust_accuracy_after=rate(held, total),
-        robust_accuracy_after_at_most=rate(held + after["undecided"] + waiting, total),
+        robust_accuracy_after=table.share(held, waiting=waiting),
+        robust_accuracy_after_at_most=table.share(held + after["undecided"] + waiting, waiting=waiting),
         steps=done["steps"],
         passes=done["passes"],
     )
 
 
+_Outcomes = Sequence[tuple[verdicts.ImageVerdict, verdicts.Outcome]]
+
+
 def _groups(
-    outcomes: Sequence[tuple[verdicts.ImageVerdict, verdicts.Outcome]],
-    name_of: Callable[[verdicts.ImageVerdict], str | None],
+    table: verdicts.Verdicts, outcomes: _Outcomes, name_of: Callable[[verdicts.ImageVerdict], str | None]
 ) -> list[GroupSummary]:
     """Summarise the images of each name, names in alphabetical order; images without a name are left out."""
-    counts: dict[str, Counter[verdicts.Outcome]] = defaultdict(Counter)
+    members: dict[str, list[tuple[verdicts.ImageVerdict, verdicts.Outcome]]] = defaultdict(list)
     for image, outcome in outcomes:
         name = name_of(image)
         if name is not None:
-            counts[name][outcome] += 1
-    return [_group(name, counts[name]) for name in sorted(counts)]
+            members[name].append((image, outcome))
+    return [_group(table, name, members[name]) for name in sorted(members)]
 
 
-def _group(name: str, count: Counter[verdicts.Outcome]) -> GroupSummary:
-    images = count.total()
+def _group(table: verdicts.Verdicts, name: str, outcomes: _Outcomes) -> GroupSummary:
+    count = Counter(outcome for _, outcome in outcomes)
     return GroupSummary(
         name=name,
-        images=images,
-        clean_correct=images - count["clean_wrong"],
+        images=len(outcomes),
+        clean_correct=len(outcomes) - count["clean_wrong"],
         fooled=count["fooled"],
         undecided=count["undecided"],
-        attack_success_rate=_success_rate(count),
+        attack_success_rate=_success_rate(table, outcomes),
     )
 
 
-def _success_rate(count: Counter[verdicts.Outcome]) -> Rate:
-    return rate(count["fooled"], count["fooled"] + count["robust"])
+def _success_rate(table: verdicts.Verdicts, outcomes: _Outcomes) -> Rate:
+    decided = [(image, outcome) for image, outcome in outcomes if outcome in ("fooled", "robust")]
+    fooled = sum(outcome == "fooled" for _, outcome in decided)
+    return table.share(fooled, [image for image, _ in decided])
 
 
 # Conditions on an attack summary, such as `asr>0.5`, that decide the exit code of a run in continuous integration

@@ -1,14 +1,14 @@
 """From result rows to one verdict per image and eps, and to accuracies at every level of a class tree."""
 
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 import pyarrow as pa
 
 from robustvlm.runs.records import Record
-from robustvlm.stats import Rate, rate
+from robustvlm.stats import Rate, rate, worth_of
 
 # From result rows to one verdict per image and eps: the worst case over every attack that was run
 
@@ -25,7 +25,7 @@ class ImageVerdict:
 
     A stage is one attack at one eps; stages are numbered by rising eps, then by the order of the attacks. `fell` is the
     stage that fooled the image (None: no stage did), `held` the stages that ran to their end without success. An image
-    is not `exposed` when the goal was reached without any perturbation.
+    is not `exposed` when the goal was reached without any perturbation. Images of one `group` are copies of one thing.
     """
 
     index: int
@@ -35,6 +35,7 @@ class ImageVerdict:
     exposed: bool
     fell: int | None
     held: frozenset[int]
+    group: str
 
     @property
     def clean_correct(self) -> bool:
@@ -54,6 +55,16 @@ class Verdicts:
     def classless(self) -> bool:
         """Whether no class is named for any image, as by goals about features or words where nothing names one."""
         return bool(self.images) and all(image.clean_prediction == REJECTED for image in self.images)
+
+    def share(self, hits: int, among: Collection[ImageVerdict] | None = None, *, waiting: int = 0) -> Rate:
+        """Return the share `hits` of some images (None: of all) and of `waiting` ones, which nobody has seen yet.
+
+        Its interval counts copies of one thing once; images that wait are taken to be as much alike as those seen.
+        """
+        among = self.images if among is None else among
+        each = worth_of(image.group for image in self.images) / len(self.images) if self.images else 1.0
+        worth = worth_of(image.group for image in among) + each * waiting
+        return rate(hits, len(among) + waiting, independent=worth)
 
     def after(self, image: ImageVerdict, eps_index: int, attack_index: int | None = None) -> Outcome:
         """Return the verdict at `eps[eps_index]` after the attacks up to `attack_index` (None: after all of them).
@@ -97,13 +108,18 @@ def columns(rows: Rows, *names: str) -> Iterator[tuple[Any, ...]]:
 
 
 def verdicts(
-    rows: Rows, *, eps: Sequence[float] = (), attacks: Sequence[str] = (), goal: str | None = None
+    rows: Rows,
+    *,
+    eps: Sequence[float] = (),
+    attacks: Sequence[str] = (),
+    goal: str | None = None,
+    group: Callable[[str], str] = str,
 ) -> Verdicts:
     """Return the worst case per image over all attacks, images in the order of `index`.
 
     `eps` and `attacks` are those of the run's config: they fix the order of the attacks, and an eps without any row
     is kept. Attacks that only the rows name (the parts of an ensemble) follow in order of appearance. Only the rows of
-    `goal` count, where it is given.
+    `goal` count, where it is given. `group` returns what an image, by its id, is a copy of.
 
     Example:
         >>> row = {"index": 0, "image_id": "a", "label": 1, "clean_prediction": 1, "attack": "pgd", "eps": 0.1}
@@ -134,7 +150,16 @@ def verdicts(
         elif outcome == "robust":
             held.setdefault(image_id, set()).add(here)
     images = [
-        ImageVerdict(index, image_id, label, clean, exposed, fell.get(image_id), frozenset(held.get(image_id, ())))
+        ImageVerdict(
+            index,
+            image_id,
+            label,
+            clean,
+            exposed,
+            fell.get(image_id),
+            frozenset(held.get(image_id, ())),
+            group(image_id),
+        )
         for image_id, (index, label, clean, exposed) in about.items()
     ]
     return Verdicts(all_eps, order, tuple(sorted(images, key=lambda image: (image.index, image.image_id))))
@@ -278,6 +303,7 @@ def level_transfer(
     config: Mapping[str, Any],
     *,
     waiting: int = 0,
+    group: Callable[[str], str] = str,
 ) -> LevelTransfer:
     """Return the transfer matrix at one eps; `goals` are those attacked, in order."""
     found, clean = [], []
@@ -287,7 +313,7 @@ def level_transfer(
     names = {str(level.level): level.name for level in levels} | {"all": "all levels at once"}
     for goal in goals:
         name = names.get(goal.partition(":")[2].rpartition("/")[2], goal)
-        table = verdicts(rows, eps=config["eps"], attacks=config["attack"], goal=goal)
+        table = verdicts(rows, eps=config["eps"], attacks=config["attack"], goal=goal, group=group)
         points, unsettled = _points(rows, goal), _unsettled(rows, table, eps_index, goal, everyone=True)
         clean = [_clean(table, level, waiting) for level in levels]
         bounds = [_robust(table, eps_index, level, points, unsettled, waiting) for level in levels]
@@ -329,7 +355,7 @@ def _unsettled(
 
 def _clean(table: Verdicts, level: Level, waiting: int) -> Rate:
     right = sum(level.same(image.label, image.clean_prediction) for image in table.images)
-    return rate(right, len(table.images) + waiting)
+    return table.share(right, waiting=waiting)
 
 
 def _robust(
@@ -342,5 +368,4 @@ def _robust(
         right = all(level.same(image.label, prediction) for prediction in [image.clean_prediction, *said])
         most += right
         least += right and image.image_id not in unsettled
-    total = len(table.images) + waiting
-    return rate(least, total), rate(most, total)
+    return table.share(least, waiting=waiting), table.share(most, waiting=waiting)

@@ -134,6 +134,7 @@ class AttackWork:
             unfinished=_unfinished(ledger, waiting or 0, uncounted=waiting is None),
             estimate=ledger.estimate,
             drawn=ledger.drawn,
+            group=self.source.group,
         )
         trim_gallery(ledger.folder.gallery_path)
         with session.results():

@@ -102,11 +102,14 @@ def share_lines(run: CertifyRecord) -> list[Line]:
     found = [(name, radii) for name in _DRAWN if (radii := run.radii(name)) is not None]
     top = max((float(radii.max(initial=0.0)) for _, radii in found), default=0.0)
     grid = np.linspace(0.0, 1.02 * top or 1.0, _POINTS)
+    worth = run.summary.worth
+    each = 1.0 if worth is None else worth / len(right)
     lines = []
     for name, radii in found:
         # At distance zero an abstention certifies nothing either.
         counts = [int((counted & (radii >= eps) & (radii > 0.0)).sum()) for eps in grid]
-        rates = tuple(rate(count, int(known.sum())) for count in counts)
+        total = int(known.sum())
+        rates = tuple(rate(count, total, independent=each * total) for count in counts)
         lines.append(Line(name=RADII[name].title, eps=tuple(grid), rates=rates))
     return lines
 
@@ -127,6 +130,7 @@ def certified(summary: CertifySummary) -> Rate:
         value=None if held.value is None else 1.0 - held.value,
         low=1.0 - held.high,
         high=1.0 - held.low,
+        method=held.method,
     )
 
 

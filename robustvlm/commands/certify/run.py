@@ -28,6 +28,7 @@ from robustvlm.commands.certify.prompts import copies_line
 from robustvlm.commands.certify.store import CertifyFact, CertifyLedger, Recorder, make_certify_rows
 from robustvlm.commands.certify.summary import summarise_certify
 from robustvlm.commands.common.inputs import Images, Picture
+from robustvlm.commands.common.questions import copies
 from robustvlm.commands.common.store import new_session
 from robustvlm.core.files import write_text
 from robustvlm.core.ranks import Ranks
@@ -61,15 +62,17 @@ class CertifyWork:
 
     Args:
         begin: makes the share of this process, given ledger, observer and ranks.
-        of_images: what there is to say of the images of these ids together.
+        group: returns what an image, by its id, is a copy of, where copies of one thing are among the images.
         illustrate: given a folder and the rows, keeps pictures for the report; None if the images are not at hand.
+        told: what there is to say of the images besides.
     """
 
     facts: Facts
     config: CertifyConfig
     begin: Callable[[CertifyLedger, Observer, Ranks], Share]
-    of_images: Callable[[Sequence[str]], list[Check]]
+    group: Callable[[str], str]
     illustrate: Callable[[Path, list[dict[str, Any]]], None] | None = None
+    told: Sequence[Check] = ()
 
     def run(self, session: Session) -> None:
         """Certify what is left to certify; rank 0 writes results, certificates, summary and pictures."""
@@ -83,9 +86,9 @@ class CertifyWork:
             if ranks.leader:
                 ledger.sync()
                 require_some(ledger)
-                ledger.add_checks(self.of_images([fact.image_id for fact in ledger.found.values()]))
+                ledger.add_checks([*copies(self.group(fact.image_id) for fact in ledger.found.values()), *self.told])
                 with session.results() as folder:
-                    finish(ledger, session.manifest)
+                    finish(ledger, session.manifest, self.group)
                     if self.illustrate is not None:
                         rows = pq.read_table(folder / "results.parquet").to_pylist()
                         self.illustrate(session.folder.gallery_path, rows)
@@ -100,7 +103,7 @@ def require_some(ledger: CertifyLedger) -> None:
         raise UserError(f"none of the {len(reasons)} images can be read (the first, {', '.join(reasons[:1])})")
 
 
-def finish(ledger: CertifyLedger, manifest: Manifest) -> None:
+def finish(ledger: CertifyLedger, manifest: Manifest, group: Callable[[str], str]) -> None:
     """Write `results.parquet`, the certificates and `summary.json` from what the ledger holds."""
     rows = make_certify_rows(ledger.found.values())
     summary = summarise_certify(
@@ -110,6 +113,7 @@ def finish(ledger: CertifyLedger, manifest: Manifest) -> None:
         checks=ledger.checks,
         unreadable=ledger.unreadable,
         directions={fact.index: fact.direction for fact in ledger.found.values() if fact.direction is not None},
+        group=group,
     )
     write_rows(ledger.folder.results_path, rows)
     # One record a line, for whoever takes a certificate elsewhere; the same as in the column of the results.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
 from typing import Any
@@ -19,7 +19,7 @@ from robustvlm.commands.certify.config import CertifyConfig
 from robustvlm.commands.certify.spread import Spread, compare, margin, vectors_of
 from robustvlm.errors import UserError, nearest, setting
 from robustvlm.runs.records import Check, Comparison, Cost, Record, UnreadableImage, parse_comparison
-from robustvlm.stats import Rate, rate
+from robustvlm.stats import Rate, rate, worth_of
 from robustvlm.text import format_exact
 
 # The summary of a certify run: the one place where its rows become the numbers that are shown
@@ -124,6 +124,8 @@ class CertifySummary(Record):
         threat: what the radii are about; left out of runs about l2.
         half_axes: smallest and largest half-axis of the ellipsoid of radius one, of threats that are ellipsoids; their
             geometric mean is one.
+        worth: how many independent images they are worth, where copies of one thing are among them; intervals are those
+            of so many. None in runs whose intervals count every image.
         resized: images that were resized, of whose source nothing is stated. resize_norm: smallest and largest norm, in
             runs from before that.
     """
@@ -164,6 +166,7 @@ class CertifySummary(Record):
     own_claim: ClaimFacts | None = None
     threat: str | None = None
     half_axes: tuple[float, float] | None = None
+    worth: float | None = None
 
     @property
     def against(self) -> Threat:
@@ -217,11 +220,12 @@ def summarise_certify(
     unreadable: Sequence[UnreadableImage] = (),
     unfinished: str | None = None,
     directions: Mapping[int, str] | None = None,
+    group: Callable[[str], str] = str,
 ) -> CertifySummary:
     """Return the summary of the rows of a certify run under its manifest.
 
     `directions` are those of the smoothed features, by image. Raises ValueError when there is no row. Every rate has
-    its exact 95 % interval.
+    its exact 95 % interval, in which images of one `group`, by their ids, count once.
     """
     table = rows.to_pylist() if isinstance(rows, pa.Table) else [dict(row) for row in rows]
     if not table:
@@ -234,15 +238,15 @@ def summarise_certify(
     tokens = _tokens(table)
     spread, nearest = compare(vectors_of(directions or {}), tokens or 1)
     for row in table:
-        row["nearest"] = nearest.get(row["index"])
+        row["nearest"], row["group"] = nearest.get(row["index"]), group(row["image_id"])
     return CertifySummary(
         claim=config.claim,
         statement=plan["statement"],
         sigma=config.sigma,
         images=len(table),
         unreadable_images=len(unreadable),
-        correct=rate(sum(row["correct"] for row in known), len(known)) if known else None,
-        abstained=rate(sum(row["abstained"] for row in table), len(table)),
+        correct=_share([row["correct"] for row in known], known) if known else None,
+        abstained=_share([row["abstained"] for row in table], table),
         certified_correct=_certified_correct(known, 0.0) if known else None,
         average_certified_radius=fmean(row["radius"] * row["correct"] for row in known) if known else None,
         mean_radius=fmean(radii),
@@ -271,7 +275,13 @@ def summarise_certify(
         own_claim=own,
         threat=config.threat,
         half_axes=plan.get("half_axes"),
+        worth=worth_of(row["group"] for row in table),
     )
+
+
+def _share(hits: Iterable[bool], of: Sequence[Mapping[str, Any]]) -> Rate:
+    """Return the share of rows, copies of one thing counted once in its interval."""
+    return rate(sum(map(bool, hits)), len(of), independent=worth_of(row["group"] for row in of))
 
 
 def _certified(row: Mapping[str, Any], radius: float, column: str = "radius") -> bool:
@@ -281,7 +291,7 @@ def _certified(row: Mapping[str, Any], radius: float, column: str = "radius") ->
 
 
 def _certified_correct(known: Sequence[Mapping[str, Any]], radius: float) -> Rate:
-    return rate(sum(bool(row["correct"]) and _certified(row, radius) for row in known), len(known))
+    return _share([row["correct"] and _certified(row, radius) for row in known], known)
 
 
 def _at(
@@ -295,10 +305,10 @@ def _at(
     there = [column for column in others if table[0].get(column) is not None]
     return RadiusShare(
         radius=radius,
-        certified=rate(sum(_certified(row, radius) for row in table), len(table)),
+        certified=_share([_certified(row, radius) for row in table], table),
         correct=_certified_correct(known, radius) if known else None,
-        others={name: rate(sum(_certified(row, radius, name) for row in table), len(table)) for name in there},
-        apart=None if margins is None else rate(int((margins > 0).sum()), len(table)),
+        others={name: _share([_certified(row, radius, name) for row in table], table) for name in there},
+        apart=None if margins is None else _share(margins > 0, table),
     )
 
 
@@ -339,7 +349,7 @@ def _method(table: Sequence[Mapping[str, Any]], column: str) -> MethodSummary:
         column=column,
         mean=fmean(values),
         median=float(median(values)),
-        abstained=rate(sum(value == 0.0 for value in values), len(values)),
+        abstained=_share([value == 0.0 for value in values], table),
     )
 
 

@@ -31,22 +31,24 @@ from robustvlm.commands.certify.summary import parse_certify_condition
 from robustvlm.commands.certify.view import certify_report as report_of
 from robustvlm.commands.certify.view import show, write_certify_report
 from robustvlm.commands.common.inputs import Images, describe_data, facts_of, probe_of, remarks_of
-from robustvlm.commands.common.questions import copies
+from robustvlm.commands.common.questions import untold_copies
 from robustvlm.core.framing import trial_pixels
 from robustvlm.core.probe import change_of
 from robustvlm.core.ranks import Ranks, current_ranks, device_of_rank, resolve_device
 from robustvlm.core.user_code import named_by
 from robustvlm.data import open_data
 from robustvlm.data.classes import read_templates
+from robustvlm.data.splits import group_of
 from robustvlm.defenses import SmoothedVLM, load_pipeline
 from robustvlm.defenses.answering import AnswerVLM, NamingVLM
 from robustvlm.errors import BadSetting, UserError, setting
 from robustvlm.models import VLM
 from robustvlm.runs.folder import RunFolder
 from robustvlm.runs.manifest import Manifest
-from robustvlm.runs.records import Check, find_run
+from robustvlm.runs.records import find_run
 from robustvlm.runs.run import Facts
 from robustvlm.runs.settings import Observer
+from robustvlm.stats import worth_of
 from robustvlm.text import places_of
 
 # From the features that another run kept
@@ -60,7 +62,7 @@ class Source:
     manifest: Manifest
     config: CertifyConfig
     rows: list[dict[str, Any]]
-    checks: list[Check]
+    worth: float | None
 
     @property
     def identity(self) -> str:
@@ -81,7 +83,7 @@ def open_source(run: str, *, root: Path) -> Source:
     if not folder.finished:
         raise UserError(f"the run '{path}' has not ended: give its command again to go on")
     finished = load_certify_run(path)
-    return Source(folder, manifest, config, finished.rows.to_pylist(), finished.summary.checks)
+    return Source(folder, manifest, config, finished.rows.to_pylist(), finished.summary.worth)
 
 
 def open_replay(settings: CertifySettings) -> CertifyWork:
@@ -176,8 +178,10 @@ def open_replay(settings: CertifySettings) -> CertifyWork:
         probe=probe,
         more=more,
     )
-    told = [check for check in source.checks if check.name == "copies"]
-    return CertifyWork(facts, config, begin, lambda _: told)
+    group = group_of(str(data["spec"]))
+    seen = worth_of(group(row["image_id"]) for row in source.rows)
+    told = [untold_copies(source.worth)] if source.worth is not None and source.worth < seen else []
+    return CertifyWork(facts, config, begin, group, told=told)
 
 
 def _without_gallery(data: dict[str, Any]) -> dict[str, Any]:
@@ -403,4 +407,4 @@ def open_sampling(settings: CertifySettings) -> CertifyWork:
         more=more,
     )
     illustrate = partial(save_extremes, source=source, framing=vlm.framing, noise=noise, seed=config.seed)
-    return CertifyWork(facts, config, begin, lambda ids: copies(map(source.group, ids)), illustrate)
+    return CertifyWork(facts, config, begin, source.group, illustrate)

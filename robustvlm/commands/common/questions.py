@@ -35,7 +35,7 @@ def ask(oracle: Oracle, images: Tensor, label: Tensor, *, model: str) -> tuple[P
 
 
 def copies(groups: Iterable[Hashable]) -> list[Check]:
-    """Say of images in groups that stand and fall together, by `DataSource.group`, that intervals count every one.
+    """Say of images in groups that stand and fall together, by `DataSource.group`, that intervals count each once.
 
     Example:
         >>> copies(["cat/0", "dog/0"])
@@ -48,9 +48,18 @@ def copies(groups: Iterable[Hashable]) -> list[Check]:
         return []
     message = (
         f"{len(known):,} images are worth {worth_of(known):,.0f} independent ones, as there are copies of one thing "
-        "among them: intervals count every image, so they are of these images and narrow for others."
+        "among them: intervals count each thing once."
     )
     return [Check(name="copies", level="note", message=message)]
+
+
+def untold_copies(worth: float) -> Check:
+    """Say of images worth fewer, whose ids do not tell which are copies, that intervals are too narrow."""
+    message = (
+        f"The images are worth {worth:,.0f} independent one{'s' if round(worth) != 1 else ''}, and their ids do not "
+        "tell which are copies of one thing: intervals count every image, and are narrow for other images."
+    )
+    return Check(name="copies", level="note", message=message)
 
 
 # What the first questions to a model showed: its output, its randomness, its gradients, the range of its input

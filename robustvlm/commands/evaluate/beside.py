@@ -80,7 +80,7 @@ def table(run: Evaluation, attacked: Sequence[AttackedRun]) -> doc.Table:
     seen = {result.images, *(at.robust_accuracy.total for other in attacked for at in other.summary.per_eps)}
     if len(seen) > 1 or not all(_saw_the_same(run, other) for other in attacked):
         caption += " The runs saw different images."
-    if any(_untold_copies(run, other) for other in attacked):
+    if any(other.summary.images.worth is None and _untold_copies(run, other) for other in attacked):
         caption += " In attacked rows, copies of one thing count one by one: ids do not tell them."
     return doc.Table(columns, rows, caption=caption, strong=frozenset({0}))
 
@@ -174,13 +174,14 @@ def _attacked(other: AttackedRun) -> Iterator[tuple[Any, ...]]:
     for at in other.summary.per_eps:
         goal = "" if other.summary.goal == "misclassify" else f", {plain(other.goal, 60)}"
         what = f"attacked, {norm_name(other.summary.norm)} {plain(at.eps_text, 20)}{goal}{_held(other)}"
-        shown = share(other.summary, _each_once(at.robust_accuracy, each), at.robust_accuracy_at_most)
+        least = at.robust_accuracy if other.summary.images.worth is not None else _each_once(at.robust_accuracy, each)
+        shown = share(other.summary, least, at.robust_accuracy_at_most)
         number = f"{at.robust_accuracy.total:,}"
         yield ([what, " ", doc.Small(plain(other.name, 60))], shown, number)
 
 
 def _each_once(found: Rate, each: float) -> Rate:
-    """Return a rate of an attack, which counts every image, with the interval of images worth `each` of one.
+    """Return a rate of an attack of before, which counts every image, with the interval of images worth `each` of one.
 
     Beside the rows of the evaluation, which counts copies once, its own would look narrower than it is.
     """

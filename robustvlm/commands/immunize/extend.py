@@ -247,12 +247,15 @@ class ExtendWork:
         own_class, own_score = records.judged(after, new.features)
         own = own_class == len(after.class_names) - 1
         worth = worth_of(new.groups)
-        others = mcnemar_exact(was.tolist(), now.tolist())
+        groups = [group for group, kept in zip(held.groups, known.tolist(), strict=True) if kept]
+        others = mcnemar_exact(was.tolist(), now.tolist(), groups=groups)
         return records.Added(
             name=self.name,
             to=str(self.earlier.model.folder),
-            others=records.Others(**others.model_dump(), total=len(labels)),
-            others_accepted=mcnemar_exact((was & (old_score > 0)).tolist(), (now & (new_score > 0)).tolist()),
+            others=records.Others(**others.model_dump(exclude={"groups_first", "groups_second"}), total=len(labels)),
+            others_accepted=mcnemar_exact(
+                (was & (old_score > 0)).tolist(), (now & (new_score > 0)).tolist(), groups=groups
+            ),
             accuracy=rate(int(own.sum()), len(own), independent=worth),
             accepted=rate(int((own & (own_score > 0)).sum()), len(own), independent=worth),
         )

@@ -433,7 +433,7 @@ def measure(
     return Measures(
         accuracy_before=rate(sum(before), count, independent=worth),
         accuracy_after=rate(sum(after), count, independent=worth),
-        paired=mcnemar_exact(before, after),
+        paired=mcnemar_exact(before, after, groups=groups),
         accepted_right=rate(int((accepted & right).sum()), count, independent=worth),
         rejected=rate(int((~accepted).sum()), count, independent=worth),
         rejected_right=rate(int((~accepted & right).sum()), int(right.sum()), independent=worth_of(of_right)),

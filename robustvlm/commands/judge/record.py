@@ -9,7 +9,7 @@ from robustvlm.commands.judge import attacks
 from robustvlm.defenses.zoo.base import Passes
 from robustvlm.runs.folder import RunFolder
 from robustvlm.runs.records import Check, Record
-from robustvlm.stats import PairedTest, Rate, holm, mcnemar_exact, rate
+from robustvlm.stats import PairedTest, Rate, holm, mcnemar_exact, rate, worth_of
 
 _SAME = 1e-4
 """Logits that differ by less are called the same."""
@@ -210,7 +210,7 @@ class JudgeLedger(JournalLedger):
 class Images:
     """What the summary says of the images: ids and labels of those judged on, and how many were left aside.
 
-    `worth` is how many independent images they are worth, where copies of one thing are among them; None: all.
+    `groups` are what each is a copy of, where copies of one thing are among them; none: every image is its own.
     """
 
     ids: Sequence[str]
@@ -218,8 +218,17 @@ class Images:
     unreadable: int = 0
     unknown: int = 0
     acts: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    worth: float | None = None
+    groups: Sequence[str] = ()
     every_mode: bool = False
+
+    @property
+    def worth(self) -> float:
+        """How many independent images they are worth."""
+        return worth_of(self.groups or self.ids)
+
+    def paired(self, first: Sequence[bool], second: Sequence[bool]) -> PairedTest:
+        """Test whether two models hold equally often on these images, copies of one thing counted once."""
+        return mcnemar_exact(first, second, groups=self.groups or None)
 
 
 def judged(ledger: JudgeLedger, images: Images) -> list[ModelJudgement]:
@@ -231,9 +240,9 @@ def judged(ledger: JudgeLedger, images: Images) -> list[ModelJudgement]:
         base = None if one.facts.base is None else by_spec[one.facts.base]
         held = [image.held for image in one.images]
         unaware = [image.right[next(iter(attacks.UNAWARE))] for image in one.images]
-        update: dict[str, object] = {"protocol": mcnemar_exact(unaware, held)}
+        update: dict[str, object] = {"protocol": images.paired(unaware, held)}
         if base is not None:
-            update["gain"] = mcnemar_exact(held, [image.held for image in base.images])
+            update["gain"] = images.paired(held, [image.held for image in base.images])
             update["checks"] = [*one.checks, *compared_checks(one)]
         compared.append(one.model_copy(update=update))
     tested = [one for one in compared if one.gain is not None]

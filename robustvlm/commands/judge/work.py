@@ -32,7 +32,6 @@ from robustvlm.defenses.zoo.wrap import defended
 from robustvlm.errors import UserError, setting
 from robustvlm.runs.manifest import carried, require_owner
 from robustvlm.runs.run import Facts, Session
-from robustvlm.stats import worth_of
 
 __all__ = ["RESULTS", "JudgeWork", "open_work", "read_run", "report_of", "show", "write_report"]
 
@@ -116,8 +115,8 @@ class JudgeWork:
             if not ids:
                 raise UserError(f"'{self.source.spec}' holds no readable image of a known class to judge on")
             found[spec] = attacks.Images(ids, torch.stack(pixels), torch.tensor(labels))
-            worth = worth_of(map(self.source.group, ids))
-            aside = record.Images(ids, labels, len(ledger.unreadable), unknown, worth=worth)
+            groups = list(map(self.source.group, ids))
+            aside = record.Images(ids, labels, len(ledger.unreadable), unknown, groups=groups)
         return found, aside
 
 
