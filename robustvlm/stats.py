@@ -186,8 +186,7 @@ def mean_share(values: Sequence[float], confidence: float = 0.95, *, independent
 class PairedTest(BaseModel):
     """Two yes/no outcomes of the same cases, cross-counted, with the p-value of "both are equally often yes".
 
-    Where copies of one thing are among the cases, the p-value is of `groups_first` and `groups_second`: the groups in
-    which the first, or the second, succeeds more often. None where every case is its own.
+    `things`: how many things differ, of which the p-value is, where there are copies of things; else None.
 
     Example:
         >>> mcnemar_exact([True, True, False], [True, False, False]).only_first
@@ -201,20 +200,12 @@ class PairedTest(BaseModel):
     only_second: int
     neither: int
     p_value: float
-    groups_first: int | None = None
-    groups_second: int | None = None
+    things: int | None = None
 
     @property
     def total(self) -> int:
         """Number of cases compared."""
         return self.both + self.only_first + self.only_second + self.neither
-
-    @property
-    def lead(self) -> int:
-        """By how many of what the p-value is about the first is ahead of the second; negative where it is behind."""
-        if self.groups_first is None or self.groups_second is None:
-            return self.only_first - self.only_second
-        return self.groups_first - self.groups_second
 
 
 def mcnemar_exact(
@@ -223,11 +214,13 @@ def mcnemar_exact(
     """Test whether two systems succeed equally often on the same cases; `first[i]` and `second[i]` are case i.
 
     Only the discordant cases carry evidence: under the null they split as a fair coin. Where copies of one thing are
-    among the cases, `groups[i]` says of which case i is one: only groups then are independent, and each speaks once, by
-    the system that succeeds more often in it (a sign test over groups; of groups of one it is McNemar's). The counts
-    are of cases in either form. Raises ValueError when the lengths differ.
+    among the cases, `groups[i]` says of which thing case i is a copy: only groups then are independent, and it is their
+    differences whose signs are fair coins (Fisher's randomisation test of paired differences; of groups of one it is
+    McNemar's). That is exact where the systems could be exchanged in every group, and about right where they are
+    equally often right but differ in how their successes cluster. The counts are of cases in either form.
 
-    Source: McNemar, Psychometrika 12 (1947), in its exact (binomial) form, two-sided, by statsmodels.
+    Raises ValueError when the lengths differ. Source: McNemar, Psychometrika 12 (1947), in its exact (binomial) form,
+    two-sided, by statsmodels; Fisher, The Design of Experiments (1935), section 21.
 
     Example:
         >>> mcnemar_exact([True] * 6, [False] * 6).p_value
@@ -235,29 +228,45 @@ def mcnemar_exact(
         >>> mcnemar_exact([True] * 6, [False] * 6, groups="aabbcc").p_value
         0.25
     """
-    from statsmodels.stats.contingency_tables import mcnemar
-
     lengths = {len(first), len(second), len(first if groups is None else groups)}
     if len(lengths) > 1:
         raise ValueError(f"paired outcomes must have one length, got {' and '.join(map(str, sorted(lengths)))}")
     pairs = [(bool(a), bool(b)) for a, b in zip(first, second, strict=True)]
-    both, only_first = pairs.count((True, True)), pairs.count((True, False))
-    only_second, neither = pairs.count((False, True)), pairs.count((False, False))
     ahead: Counter[Hashable] = Counter()
     for group, (a, b) in zip(range(len(pairs)) if groups is None else groups, pairs, strict=True):
         ahead[group] += a - b
-    more, less = sum(lead > 0 for lead in ahead.values()), sum(lead < 0 for lead in ahead.values())
-    p_value = float(mcnemar([[0, more], [less, 0]], exact=True).pvalue)
-    alone = len(ahead) == len(pairs)
+    differ = [lead for lead in ahead.values() if lead]
     return PairedTest(
-        both=both,
-        only_first=only_first,
-        only_second=only_second,
-        neither=neither,
-        p_value=min(1.0, p_value),  # the doubled binomial tail passes 1 where they split evenly
-        groups_first=None if alone else more,
-        groups_second=None if alone else less,
+        both=pairs.count((True, True)),
+        only_first=pairs.count((True, False)),
+        only_second=pairs.count((False, True)),
+        neither=pairs.count((False, False)),
+        p_value=_by_signs(differ),
+        things=None if len(ahead) == len(pairs) else len(differ),
     )
+
+
+def _by_signs(differences: Sequence[int]) -> float:
+    """Return the chance that whole numbers of these sizes, their signs fair coins, sum to as much either way."""
+    import numpy as np
+    from scipy.stats import binom
+    from statsmodels.stats.contingency_tables import mcnemar
+
+    sizes = Counter(map(abs, differences))
+    if len(sizes) < 2:
+        more = sum(lead > 0 for lead in differences)
+        # The doubled binomial tail passes 1 when they split evenly.
+        return min(1.0, float(mcnemar([[0, more], [len(differences) - more, 0]], exact=True).pvalue))
+    sums = np.ones(1)  # of every sum from -reach to reach by steps of two, what its chance is
+    for size, count in sizes.items():
+        chances = binom.pmf(np.arange(count + 1), count, 0.5)
+        wider = np.zeros(len(sums) + size * count)
+        for place, chance in enumerate(chances):
+            wider[place * size : place * size + len(sums)] += chance * sums
+        sums = wider
+    reach = sum(map(abs, differences))
+    found = np.arange(-reach, reach + 1, 2)
+    return min(1.0, float(np.sort(sums[np.abs(found) >= abs(sum(differences))]).sum()))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -106,7 +106,7 @@ def test_copies_say_no_more_than_the_thing_alone(pairs: list[tuple[bool, bool]],
     assert several.p_value == alone.p_value
     assert several.only_first == copies * alone.only_first
     if pairs:
-        assert (several.groups_first, several.groups_second) == (alone.only_first, alone.only_second)
+        assert several.things == alone.only_first + alone.only_second
 
 
 def test_alike_copies_do_not_reject_what_does_not_differ() -> None:
@@ -127,10 +127,27 @@ def test_alike_copies_do_not_reject_what_does_not_differ() -> None:
     assert each >= 60
 
 
-def test_the_lead_is_that_of_what_the_p_value_counts() -> None:
-    test = mcnemar_exact([True] * 4 + [False] * 2, [False] * 4 + [True] * 2, groups="aaaabc")
-    assert (test.only_first, test.only_second, test.lead) == (4, 2, -1)
-    assert mcnemar_exact([True, True], [False, False]).lead == 2
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 4), st.booleans(), st.booleans()), max_size=14))
+def test_the_paired_test_of_groups_is_that_of_all_signs(cases: list[tuple[int, bool, bool]]) -> None:
+    test = mcnemar_exact([a for _, a, _ in cases], [b for *_, b in cases], groups=[group for group, *_ in cases])
+    leads = [sum(a - b for group, a, b in cases if group == one) for one in range(5)]
+    sums = [
+        sum(sign * lead for sign, lead in zip(signs, leads, strict=True))
+        for signs in itertools.product((1, -1), repeat=5)
+    ]
+    assert test.p_value == pytest.approx(sum(abs(one) >= abs(sum(leads)) for one in sums) / len(sums))
+    alone = len({group for group, *_ in cases}) == len(cases)
+    assert test.things == (None if alone else sum(lead != 0 for lead in leads))
+
+
+def test_many_small_leads_against_few_large_ones_is_no_finding() -> None:
+    """Ten things of four copies for the first, thirty of one for the second: a sign test would find for the second."""
+    first = [True] * 40 + [False] * 120
+    second = [False] * 40 + [copy == 0 for _ in range(30) for copy in range(4)]
+    test = mcnemar_exact(first, second, groups=[case // 4 for case in range(160)])
+    assert (test.only_first, test.only_second, test.things) == (40, 30, 40)
+    assert test.p_value > 0.4
 
 
 def test_mcnemar_refuses_unequal_lengths() -> None:

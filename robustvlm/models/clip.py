@@ -233,8 +233,14 @@ def _rows(model: Any, text: dict[str, Any]) -> int:
 
 # open_clip models as VLMs: architecture by name, folder or hub, weights read safely, preprocessing inside
 
-# Cleaning may spell one sign out as many: U+FDFA, of three bytes, as 18 letters of two.
+# Cleaning may spell one sign out as many: U+FDFA, of three bytes, as 18 letters of two. ASCII it leaves or shortens.
 _MOST_TOKENS_A_BYTE = 12
+
+
+def _most_tokens(text: str) -> int:
+    """Return how many tokens a text makes at most: one a byte of what cleaning may make of it."""
+    return len(text) if text.isascii() else _MOST_TOKENS_A_BYTE * len(text.encode("utf-8", "replace"))
+
 
 # Token ids of these tell tokenizers apart in a fingerprint.
 _PROBES = ["a photo of a border collie, 1986", "Zwölf Boxkämpfer jagen Viktor", "\N{GRINNING FACE} don't!"]
@@ -274,8 +280,8 @@ class ClipVLM(VLM):
     def cut_tokens(self, texts: Sequence[str]) -> list[int]:
         """Return how many tokens of each text are cut off at the context length."""
         room = self.tokenizer([""]).shape[1]
-        # A token is at least one byte long, and no tokenizer adds more than three, so most texts need no second look.
-        return [self._cut(text, room) if len(text.encode("utf-8", "replace")) > room - 3 else 0 for text in texts]
+        # Most texts need no second look: so many tokens fit, with the three that a tokenizer adds at most.
+        return [self._cut(text, room) if _most_tokens(text) > room - 3 else 0 for text in texts]
 
     def _cut(self, text: str, room: int) -> int:
         encode = getattr(self.tokenizer, "encode", None)
@@ -286,10 +292,12 @@ class ClipVLM(VLM):
             return max(0, len(inner(clean(text), verbose=False)["input_ids"]) - room)
         # Of others (SigLIP's; those with a class token last) the same text in a context that holds it all tells. What
         # fills an empty text's is none of its tokens.
-        ample = room + _MOST_TOKENS_A_BYTE * len(text.encode("utf-8", "replace"))
+        ample = room + _most_tokens(text)
         try:
             empty, whole = self.tokenizer(["", text], context_length=ample)  # type: ignore[call-arg]
-        except TypeError:  # one's own takes no length: we know only whether another word would still be read
+        except TypeError:  # one's own that takes no length
+            empty = whole = self.tokenizer([""])[0]
+        if len(whole) != ample:  # we know only whether another word would still be read
             read, longer = self.tokenizer([text, f"{text} {text[-1:]}x"])
             return int(torch.equal(read, longer))
         filler = empty.mode().values

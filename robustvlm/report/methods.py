@@ -238,7 +238,10 @@ def _counting_once(config: Mapping[str, Any]) -> Iterator[str]:
     """Say what intervals are that take copies of one thing for one case, where there are any."""
     yield _EXACT
     if copies_counted(config.get("data")):
-        yield "Where the report says that copies of one thing count once, they are those of that many cases."
+        yield (
+            "Where the report says that copies of one thing count once, intervals are those of that many cases, and "
+            "paired tests randomise the signs of the differences over all copies of a thing."
+        )
 
 
 def _judge(manifest: Manifest) -> Iterator[str]:

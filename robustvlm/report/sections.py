@@ -314,7 +314,7 @@ def facts_line(manifest: Mapping[str, Any], *more: Inline) -> list[Inline]:
     return [*start, f", {moment(created)}"] if created else start
 
 
-def exact_intervals(manifest: Mapping[str, Any], checks: Sequence[Check], worth: float | None) -> str:
+def ungrouped_footer(manifest: Mapping[str, Any], checks: Sequence[Check], worth: float | None) -> str:
     """Return the footer of a report whose intervals count every image; "", the usual one, where none is a copy.
 
     The usual one also where intervals count copies once, as all but those of earlier runs do (`worth` is not None), or

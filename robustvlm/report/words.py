@@ -98,7 +98,7 @@ def as_rate(found: Mean) -> Rate:
 def copies_counted(data: object) -> str:
     """Say of the bundled data, whose drawings stand in it in several copies, that intervals count each; else "".
 
-    It is for runs whose intervals take images one by one, which no other data than these makes too narrow.
+    It is for runs of earlier versions, whose intervals take images one by one.
 
     Example:
         >>> copies_counted("parquet:emoji.parquet"), copies_counted("emoji?copies=1")

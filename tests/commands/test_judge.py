@@ -159,9 +159,20 @@ def test_copies_of_one_drawing_count_once_in_intervals(place: Path, run: Any, mo
     assert (worst.successes, worst.total) == (each.successes, each.total) == (6, 12)
     assert (worst.low, worst.high) == pytest.approx((rate(2, 4).low, rate(2, 4).high))
     assert as_read(copies).of("planted:plain").adaptive.low == pytest.approx(worst.low)
-    shared = copies.of("planted:plain").protocol
-    assert shared.p_value == pytest.approx(2 * 0.5 ** (shared.groups_first + shared.groups_second)) or not shared.lead
-    assert "of 4 images, as copies of one thing count once, in p as well" in intervals_of(copies)
+    for one in copies.models:
+        assert one.protocol.things is not None
+        assert (one.gain is None) == (one.facts.base is None)
+        assert one.gain is None or one.gain.things is not None
+    alone = copies.model_copy(
+        update={
+            "models": [
+                one.model_copy(update={"protocol": one.protocol.model_copy(update={"things": None})})
+                for one in copies.models
+            ]
+        }
+    )
+    assert "copies of one thing count once, and each on its own in p" in intervals_of(alone)
+    assert "of 4 images: copies of one thing count once, in p as well" in intervals_of(copies)
     assert "copies" not in intervals_of(run.summary.model_copy(update={"worth": None}))
 
 

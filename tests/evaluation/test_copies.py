@@ -10,7 +10,11 @@ import pytest
 from scipy.stats import beta
 
 import robustvlm as rv
+from robustvlm.commands.attack.compare import comparison_report, untold_copies
+from robustvlm.data import open_data
 from robustvlm.data.emoji import EmojiSource
+from robustvlm.data.source import select
+from robustvlm.report.page import page_of
 from robustvlm.stats import Rate
 
 
@@ -48,6 +52,29 @@ def test_an_attack_says_how_many_independent_images_there_are(tmp_path: Path) ->
     assert is_of(alone.summary.per_eps[0].robust_accuracy, 24)
 
 
+def test_a_stopped_attack_counts_the_copies_that_it_has_not_come_to(tmp_path: Path) -> None:
+    few: dict[str, Any] = {"attack": "pgd:steps=1", "checks": "none", "limit": 40, "out": tmp_path, "lanes": 4}
+    run = rv.attack("tiny", data="emoji?split=test", budget="60passes", **few)
+    images = run.summary.images
+    assert min(images.waiting, images.evaluated) > 0
+    ids = select(open_data("emoji?split=test").ids() or [], 40)
+    assert is_of(run.summary.clean_accuracy, worth(ids))
+    assert images.worth == pytest.approx(worth(run.rows.column("image_id").unique().to_pylist()))
+
+
+def test_a_comparison_says_of_copies_that_ids_do_not_tell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    few: dict[str, Any] = {"attack": "pgd:steps=1", "checks": "none", "limit": 6, "out": tmp_path}
+    data = "emoji?split=test&copies=1"
+    known = rv.attack("tiny", data=data, **few)
+    monkeypatch.setattr(EmojiSource, "group", lambda *_: "one film")
+    run = rv.attack("tiny", data=data, name="film", **few)
+    assert not untold_copies(rv.open_run(known.folder))
+    assert untold_copies(rv.open_run(run.folder))
+    page = page_of(comparison_report([run, run], rv.compare(run, run)))
+    assert "ids do not tell them" in page
+    assert "ids do not tell them" not in page_of(comparison_report([known, known], rv.compare(known, known)))
+
+
 def test_certificates_say_it_too_and_so_do_those_from_kept_features(tmp_path: Path) -> None:
     run = rv.certify("tiny", data="emoji?split=test", limit=11, samples=200, cache="float16", out=tmp_path)
     ids = run.rows.column("image_id").to_pylist()
@@ -66,4 +93,4 @@ def test_kept_features_whose_ids_do_not_tell_copies_say_so(tmp_path: Path, monke
     assert run.summary.worth == 1
     again = rv.certify("tiny", from_cache=str(run.folder), prompts="independent", out=tmp_path)
     assert told(again)[0].startswith("The images are worth 1 independent one, and their ids do not tell")
-    assert again.summary.worth == 4
+    assert again.summary.worth is None

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import time
+import unicodedata
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -318,6 +319,30 @@ def test_tokens_of_a_tokenizer_of_transformers_are_counted(vlm: VLM) -> None:
     whole = copy.copy(vlm)
     whole.tokenizer = OfTransformers()  # type: ignore[assignment]
     assert whole.cut_tokens(["cat", "cat " * 6, "cat " * 7, "cat " * 17]) == [0, 0, 1, 11]
+
+
+@pytest.mark.parametrize("swallows", [False, True])
+def test_a_tokenizer_that_takes_no_length_is_asked_whether_more_would_be_read(vlm: VLM, swallows: bool) -> None:
+    def letters(texts: list[str], **given: int) -> torch.Tensor:
+        if given and not swallows:
+            raise TypeError("context_length")
+        rows = [[ord(letter) % 50 + 1 for letter in text[:10]] for text in texts]
+        return torch.tensor([row + [0] * (10 - len(row)) for row in rows])
+
+    whole = copy.copy(vlm)
+    whole.tokenizer = letters  # type: ignore[assignment]
+    assert whole.cut_tokens(["z" * 4, "z" * 9, "z" * 16]) == [0, 0, 1]
+
+
+def test_what_cleaning_spells_out_is_counted(vlm: VLM) -> None:
+    def letters(texts: list[str], context_length: int = 60) -> torch.Tensor:
+        rows = [[ord(letter) % 50 + 1 for letter in unicodedata.normalize("NFKC", text)] for text in texts]
+        return torch.tensor([(row + [0] * context_length)[:context_length] for row in rows])
+
+    whole, sign = copy.copy(vlm), "\N{ARABIC LIGATURE SALLALLAHOU ALAYHE WASALLAM}"
+    whole.tokenizer = letters  # type: ignore[assignment]
+    assert len(unicodedata.normalize("NFKC", sign)) == 18
+    assert whole.cut_tokens([sign, 3 * sign, 4 * sign, 20 * sign]) == [0, 0, 12, 300]
 
 
 def test_prompts_beyond_the_context_are_told(vlm: VLM) -> None:

@@ -40,8 +40,8 @@ from robustvlm.report.sections import (
     Table,
     Text,
     Verdict,
-    exact_intervals,
     numbers,
+    ungrouped_footer,
 )
 from robustvlm.report.words import RANGE, Finding, number, percent
 from robustvlm.runs.records import Check
@@ -229,11 +229,11 @@ def test_a_judged_defence_has_a_colour_for_a_clear_difference_only(
 
 def test_reports_say_where_copies_make_intervals_too_narrow() -> None:
     bundled, own = ({"config": {"data": data}} for data in ("emoji?split=test", "imagefolder:emoji"))
-    assert "the bundled data have copies of each drawing" in exact_intervals(bundled, [], None)
-    assert exact_intervals(bundled, [], 24.0) == ""
+    assert "the bundled data have copies of each drawing" in ungrouped_footer(bundled, [], None)
+    assert ungrouped_footer(bundled, [], 24.0) == ""
     said = Check(name="copies", level="note", message="24 images are worth 19 independent ones")
-    assert exact_intervals(bundled, [said], None) == ""
-    assert exact_intervals(own, [], None) == ""
+    assert ungrouped_footer(bundled, [said], None) == ""
+    assert ungrouped_footer(own, [], None) == ""
 
 
 def test_printed_intervals_cover_what_was_computed_and_only_none_is_zero_percent() -> None:

@@ -115,9 +115,11 @@ def test_copies_of_every_image_leave_intervals_as_they_were(
         for row in rows
         for copy in range(copies)
     ]
-    alone = summarise(rows, manifest, waiting=waiting if rows else 0)
+    waiting *= bool(rows)
+    alone = summarise(rows, manifest, waiting=waiting)
+    awaited = [f"waiting {number}" for number in range(waiting)] * copies
     both = summarise(
-        several, manifest, waiting=copies * waiting if rows else 0, group=lambda name: name.rpartition("#")[0]
+        several, manifest, waiting=len(awaited), awaited=awaited, group=lambda name: name.rpartition("#")[0]
     )
     assert both.images.worth == alone.images.worth == alone.images.evaluated
 
@@ -134,6 +136,16 @@ def test_copies_of_every_image_leave_intervals_as_they_were(
                 same(one, other)
 
     same(alone, both)
+
+
+def test_images_that_wait_and_may_be_copies_of_those_seen_add_nothing() -> None:
+    rows = [row_of(image, 0, 0, "pgd", 0.1, "robust") for image in range(4)]
+    found = summarise(rows, manifest_of([0.1], ["pgd"]), waiting=12, awaited=[])
+    (at,) = found.per_eps
+    for share, hits in ((found.clean_accuracy, 4), (at.robust_accuracy, 4), (at.robust_accuracy_at_most, 16)):
+        assert share is not None
+        assert share == rate(hits, 16, independent=4)
+    assert at.attack_success_rate == rate(0, 4)
 
 
 @settings(max_examples=40, deadline=None)

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections import defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -343,13 +343,19 @@ _SHOWN = 10  # ids in a sentence
 
 
 def of_second_opinion(
-    clean: Sequence[CleanFact], found: Sequence[AttackFact], *, attack: str, random: bool = False
+    clean: Sequence[CleanFact],
+    found: Sequence[AttackFact],
+    *,
+    attack: str,
+    random: bool = False,
+    group: Callable[[str], str] = str,
 ) -> list[Check]:
     """Return a check per eps: did the attack that came last break an image that all others had left?
 
     The paired test compares our verdicts with those of both programs together, over the images that were right when
     clean: an image that we fooled is fooled for both, so only those that they alone broke count. On a `random` model
-    what they broke besides is no fault of ours: a point near the boundary is judged by luck.
+    what they broke besides is no fault of ours: a point near the boundary is judged by luck. Images of one `group`, by
+    their ids, are copies of one thing and count once in the test.
 
     Example:
         >>> of_second_opinion([], [], attack="autoattack")
@@ -357,11 +363,18 @@ def of_second_opinion(
     """
     exposed = {fact.index: fact.image_id for fact in clean if fact.exposed}
     radii = sorted({fact.eps for fact in found})
-    return [_at(eps, exposed, found, attack, several=len(radii) > 1, random=random) for eps in radii]
+    return [_at(eps, exposed, found, attack, several=len(radii) > 1, random=random, group=group) for eps in radii]
 
 
 def _at(
-    eps: float, exposed: dict[int, str], found: Sequence[AttackFact], attack: str, *, several: bool, random: bool
+    eps: float,
+    exposed: dict[int, str],
+    found: Sequence[AttackFact],
+    attack: str,
+    *,
+    several: bool,
+    random: bool,
+    group: Callable[[str], str],
 ) -> Check:
     rows = [fact for fact in found if fact.attack == attack and fact.eps == eps]
     again = [fact for fact in rows if fact.outcome in (FOOLED, ROBUST)]
@@ -380,7 +393,11 @@ def _at(
         return Check(name=name, level="ok", message=message)
     ours = {fact.index for fact in found if fact.attack != attack and fact.eps <= eps and fact.outcome == FOOLED}
     order = sorted(exposed)
-    test = mcnemar_exact([i in ours for i in order], [i in ours or i in broken for i in order])
+    test = mcnemar_exact(
+        [i in ours for i in order],
+        [i in ours or i in broken for i in order],
+        groups=[group(exposed[i]) for i in order],
+    )
     ids = ", ".join(f"'{exposed[i]}'" for i in broken[:_SHOWN]) + (", ..." if len(broken) > _SHOWN else "")
     advice = (
         "The model is random, so that luck decides near its boundary: give our attacks more steps, or take more draws."

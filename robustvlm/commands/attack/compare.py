@@ -13,7 +13,7 @@ from robustvlm.commands.attack.record import AttackedRun, headline, load_run
 from robustvlm.commands.attack.report import share
 from robustvlm.commands.attack.summary import EpsSummary
 from robustvlm.commands.attack.verdicts import tree_levels
-from robustvlm.data.splits import group_of, same_images
+from robustvlm.data.splits import same_images
 from robustvlm.report import sections as doc
 from robustvlm.report.page import drawing, page_of, write_page
 from robustvlm.report.words import manifest_rows, norm_name, plain, sentence
@@ -45,9 +45,9 @@ class Comparison:
     @property
     def finding(self) -> int | None:
         """Position of the run shown to be right more often; None when the difference may be chance."""
-        if self.adjusted > LEVEL or not self.test.lead:
+        if self.adjusted > LEVEL or self.test.only_first == self.test.only_second:
             return None
-        return self.first if self.test.lead > 0 else self.second
+        return self.first if self.test.only_first > self.test.only_second else self.second
 
     def as_dict(self, names: Sequence[str]) -> dict[str, Any]:
         """Return the comparison as plain JSON values, runs by name."""
@@ -87,11 +87,11 @@ def compare(*given: AttackedRun | str | Path) -> list[Comparison]:
     for (i, first), (j, second) in itertools.combinations(enumerate(answers), 2):
         if not _same_images(runs[i], runs[j]):
             continue
-        group = group_of(str((runs[i].manifest.get("data") or {}).get("spec") or ""))
+        group = {image.image_id: image.group for image in runs[i].verdicts().images}
         for condition in [c for c in first if c in second]:
             shared = [image for image in first[condition] if image in second[condition]]
             if shared:
-                groups = [group(name) for name, _ in shared]
+                groups = [group[name] for name, _ in shared]
                 test = mcnemar_exact(
                     [first[condition][image] for image in shared],
                     [second[condition][image] for image in shared],
@@ -111,6 +111,12 @@ def compare(*given: AttackedRun | str | Path) -> list[Comparison]:
         )
         for (i, j, text, test, worth), p in zip(tested, adjusted, strict=True)
     ]
+
+
+def untold_copies(run: AttackedRun) -> bool:
+    """Whether there are copies among the images of a run which their ids do not tell, as in a source of one's own."""
+    worth = run.summary.images.worth
+    return worth is not None and worth < worth_of(image.group for image in run.verdicts().images)
 
 
 def _same_images(first: AttackedRun, second: AttackedRun) -> bool:
@@ -269,7 +275,9 @@ def comparison_report(runs: Sequence[AttackedRun], comparisons: Sequence[Compari
         sections=[
             doc.Section("The runs", [_about(runs, keys)], key="runs", short="Runs"),
             doc.Section("Robust accuracy", _curves(runs, keys), key="curve", short="Robust accuracy"),
-            doc.Section("Paired tests on common images", _tests(comparisons, keys), key="tests", short="Paired tests"),
+            doc.Section(
+                "Paired tests on common images", _tests(comparisons, keys, runs), key="tests", short="Paired tests"
+            ),
             *_superclasses(runs, keys, early=bool(early)),
             doc.Section("Manifests", manifests, key="manifest", short="Manifests"),
         ],
@@ -324,19 +332,19 @@ def _robust(run: AttackedRun, norm: str, eps: float) -> doc.Measure | doc.Small:
     return doc.Small("not run")
 
 
-def _tests(comparisons: Sequence[Comparison], keys: Sequence[str]) -> list[doc.Block]:
+def _tests(comparisons: Sequence[Comparison], keys: Sequence[str], runs: Sequence[AttackedRun]) -> list[doc.Block]:
     if not comparisons:
         lead = "These runs have no image in common (same data, id and class), so there is nothing to test pairwise."
         return [doc.Text(lead, "lead")]
     lead = (
-        "McNemar's exact test on the images that both runs decided; p-values are Holm-corrected over all "
+        "Exact paired test (McNemar) on the images that both runs decided; p-values are Holm-corrected over all "
         f"{len(comparisons)} tests on this page. “Only the first” counts images that the first of the two runs gets "
         "right and the second does not."
     )
-    if any(c.test.groups_first is not None for c in comparisons):
-        lead += (
-            " Copies of one thing count once in intervals and tests: it speaks for the run that is right more often."
-        )
+    if any(c.test.things is not None for c in comparisons):
+        lead += " Copies of one thing count once, in intervals and in tests."
+    if any(map(untold_copies, runs)):
+        lead += " In these tests copies of one thing count one by one, as ids do not tell them: p-values are too small."
     rows: list[doc.Row] = []
     for c in comparisons:
         found: doc.Line = (

@@ -67,7 +67,7 @@ def attack_report(run: AttackedRun, *, drawn: bool = True) -> doc.Report:
         verdicts=[doc.Verdict([line for line in lines if line], _tone(summary, at))],
         sections=parts,
         cards=_cards(summary, at, words),
-        footer=doc.exact_intervals(run.manifest, summary.checks, summary.images.worth),
+        footer=doc.ungrouped_footer(run.manifest, summary.checks, summary.images.worth),
     )
     return repeat.repeatable(report, run.manifest, drawn=run.summary.drawn)
 

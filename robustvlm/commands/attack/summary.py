@@ -5,6 +5,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from robustvlm.commands.attack import verdicts
@@ -174,12 +175,13 @@ def summarise(
     estimate: Estimate | None = None,
     drawn: Drawn | None = None,
     group: Callable[[str], str] = str,
+    awaited: Sequence[str] | None = None,
 ) -> Summary:
     """Return the summary of result rows (an Arrow table or a list of dicts) under their manifest.
 
     Every rate has its exact 95 % interval, in which images of one `group`, by their ids, count once. Classes without an
     image are left out. `waiting` images are not classified yet: they count as wrong, and as right in what rates are at
-    most.
+    most; `awaited` are their groups, as in `Verdicts`.
 
     Example:
         >>> manifest = {"config": {"norm": "Linf", "eps": [0.1], "eps_text": ["0.1"], "attack": ["pgd"]},
@@ -191,7 +193,16 @@ def summarise(
     """
     config = manifest["config"]
     goals = config.get("goals") or ["misclassify"]
-    table = verdicts.verdicts(rows, eps=config["eps"], attacks=config["attack"], goal=goals[0], group=group)
+    of_goal = partial(
+        verdicts.verdicts,
+        rows,
+        eps=config["eps"],
+        attacks=config["attack"],
+        group=group,
+        waiting=waiting,
+        awaited=awaited,
+    )
+    table = of_goal(goal=goals[0])
     texts = dict(zip(map(float, config["eps"]), config["eps_text"], strict=True))
     work = _work(rows, goals[0])
     can_reject = bool((manifest.get("model") or {}).get("can_reject"))
@@ -214,8 +225,8 @@ def summarise(
             uncounted=uncounted,
             worth=worth_of(image.group for image in table.images),
         ),
-        clean_accuracy=table.share(correct, waiting=waiting),
-        clean_accuracy_at_most=table.share(correct + waiting, waiting=waiting) if waiting else None,
+        clean_accuracy=table.share(correct),
+        clean_accuracy_at_most=table.share(correct + waiting) if waiting else None,
         per_eps=[
             _at_eps(
                 table,
@@ -224,8 +235,7 @@ def summarise(
                 work=work,
                 rows=rows,
                 manifest=manifest,
-                waiting=waiting,
-                group=group,
+                of_goal=lambda goal: of_goal(goal=goal),
             )
             for i, eps in enumerate(table.eps)
         ],
@@ -256,8 +266,7 @@ def _at_eps(
     work: Mapping[tuple[float, str], Counter[str]],
     rows: verdicts.Rows,
     manifest: Mapping[str, Any],
-    waiting: int,
-    group: Callable[[str], str],
+    of_goal: Callable[[str], verdicts.Verdicts],
 ) -> EpsSummary:
     data, config = manifest["data"], manifest["config"]
     goals = config.get("goals") or ["misclassify"]
@@ -265,7 +274,7 @@ def _at_eps(
     levels = verdicts.tree_levels(data) if named else []
     outcomes = [(image, table.after(image, index)) for image in table.images]
     count = Counter(outcome for _, outcome in outcomes)
-    undecided = count["undecided"] + waiting
+    undecided = count["undecided"] + table.waiting
     attacked = [image for image, outcome in outcomes if outcome != "clean_wrong"]
     features = goals[0].startswith("feature")
     # Feature goals look at the encoder, below any refusal.
@@ -279,33 +288,30 @@ def _at_eps(
         fooled=count["fooled"],
         robust=count["robust"],
         undecided=undecided,
-        robust_accuracy=table.share(count["robust"], waiting=waiting),
-        robust_accuracy_at_most=table.share(count["robust"] + undecided, waiting=waiting),
+        robust_accuracy=table.share(count["robust"]),
+        robust_accuracy_at_most=table.share(count["robust"] + undecided),
         attack_success_rate=_success_rate(table, outcomes),
-        attack_success_rate_at_least=table.share(count["fooled"], attacked, waiting=waiting),
-        attack_success_rate_at_most=table.share(count["fooled"] + undecided, attacked, waiting=waiting),
-        per_attack=[
-            _attack(table, index, j, work[table.eps[index], name], waiting) for j, name in enumerate(table.attacks)
-        ],
+        attack_success_rate_at_least=table.share(count["fooled"], attacked),
+        attack_success_rate_at_most=table.share(count["fooled"] + undecided, attacked),
+        per_attack=[_attack(table, index, j, work[table.eps[index], name]) for j, name in enumerate(table.attacks)],
         per_class=_groups(table, outcomes, lambda image: names[image.label] if image.label >= 0 else None),
         per_superclass=_groups(
             table, outcomes, lambda image: superclasses.get(names[image.label]) if image.label >= 0 else None
         ),
-        levels=verdicts.level_summaries(rows, table, index, levels, waiting=waiting) if len(goals) == 1 else [],
-        transfer=verdicts.level_transfer(rows, goals, index, levels, config, waiting=waiting, group=group)
-        if len(goals) > 1 and levels
-        else None,
-        cosine=_cosine(recorded, group) if features else None,
+        levels=verdicts.level_summaries(rows, table, index, levels) if len(goals) == 1 else [],
+        transfer=verdicts.level_transfer(rows, goals, index, levels, of_goal) if len(goals) > 1 and levels else None,
+        cosine=_cosine(recorded, table) if features else None,
         acceptance=_acceptance(recorded) if refuses else None,
     )
 
 
-def _cosine(recorded: Sequence[verdicts.Point], group: Callable[[str], str]) -> Cosine | None:
+def _cosine(recorded: Sequence[verdicts.Point], table: verdicts.Verdicts) -> Cosine | None:
     known = [point for point in recorded if point.cosine is not None and math.isfinite(point.cosine)]
     if not known:
         return None
     clean, attacked = ([p.clean_cosine for p in known], [p.cosine for p in known])
-    worth = worth_of(group(point.image_id) for point in known)
+    group = {image.image_id: image.group for image in table.images}
+    worth = worth_of(group[point.image_id] for point in known)
     return Cosine(
         clean=mean(clean, within=(-1.0, 1.0), independent=worth),
         attacked=mean(attacked, within=(-1.0, 1.0), independent=worth),
@@ -326,9 +332,7 @@ def _acceptance(recorded: Sequence[verdicts.Point]) -> Acceptance:
     )
 
 
-def _attack(
-    table: verdicts.Verdicts, eps_index: int, attack_index: int, done: Counter[str], waiting: int
-) -> AttackSummary:
+def _attack(table: verdicts.Verdicts, eps_index: int, attack_index: int, done: Counter[str]) -> AttackSummary:
     after = Counter(table.after(image, eps_index, attack_index) for image in table.images)
     held = after["robust"]
     return AttackSummary(
@@ -336,8 +340,8 @@ def _attack(
         attacked=done["fooled"] + done["robust"] + done["failed"],
         fooled=done["fooled"],
         failed=done["failed"],
-        robust_accuracy_after=table.share(held, waiting=waiting),
-        robust_accuracy_after_at_most=table.share(held + after["undecided"] + waiting, waiting=waiting),
+        robust_accuracy_after=table.share(held),
+        robust_accuracy_after_at_most=table.share(held + after["undecided"] + table.waiting),
         steps=done["steps"],
         passes=done["passes"],
     )
@@ -373,7 +377,7 @@ def _group(table: verdicts.Verdicts, name: str, outcomes: _Outcomes) -> GroupSum
 def _success_rate(table: verdicts.Verdicts, outcomes: _Outcomes) -> Rate:
     decided = [(image, outcome) for image, outcome in outcomes if outcome in ("fooled", "robust")]
     fooled = sum(outcome == "fooled" for _, outcome in decided)
-    return table.share(fooled, [image for image, _ in decided])
+    return table.share(fooled, [image for image, _ in decided], waiting=False)
 
 
 # Conditions on an attack summary, such as `asr>0.5`, that decide the exit code of a run in continuous integration

@@ -45,26 +45,31 @@ class ImageVerdict:
 
 @dataclass(frozen=True)
 class Verdicts:
-    """All images of a run, with the eps (rising) and attacks (in order) that number the stages."""
+    """All images of a run, with the eps (rising) and attacks (in order) that number the stages.
+
+    `waiting` images more are not classified yet; `awaited` is what they are copies of, as far as it adds to what is
+    known: nothing of those of which nobody can say whether they are copies.
+    """
 
     eps: tuple[float, ...]
     attacks: tuple[str, ...]
     images: tuple[ImageVerdict, ...]
+    waiting: int = 0
+    awaited: tuple[str, ...] = ()
 
     @property
     def classless(self) -> bool:
         """Whether no class is named for any image, as by goals about features or words where nothing names one."""
         return bool(self.images) and all(image.clean_prediction == REJECTED for image in self.images)
 
-    def share(self, hits: int, among: Collection[ImageVerdict] | None = None, *, waiting: int = 0) -> Rate:
-        """Return the share `hits` of some images (None: of all) and of `waiting` ones, which nobody has seen yet.
+    def share(self, hits: int, among: Collection[ImageVerdict] | None = None, *, waiting: bool = True) -> Rate:
+        """Return the share `hits` of some images (None: of all), and of those that wait, unless they are left out.
 
-        Its interval counts copies of one thing once; images that wait are taken to be as much alike as those seen.
+        Its interval counts copies of one thing once.
         """
         among = self.images if among is None else among
-        each = worth_of(image.group for image in self.images) / len(self.images) if self.images else 1.0
-        worth = worth_of(image.group for image in among) + each * waiting
-        return rate(hits, len(among) + waiting, independent=worth)
+        groups = [image.group for image in among] + [*self.awaited] * waiting
+        return rate(hits, len(among) + self.waiting * waiting, independent=worth_of(groups))
 
     def after(self, image: ImageVerdict, eps_index: int, attack_index: int | None = None) -> Outcome:
         """Return the verdict at `eps[eps_index]` after the attacks up to `attack_index` (None: after all of them).
@@ -114,12 +119,15 @@ def verdicts(
     attacks: Sequence[str] = (),
     goal: str | None = None,
     group: Callable[[str], str] = str,
+    waiting: int = 0,
+    awaited: Sequence[str] | None = None,
 ) -> Verdicts:
     """Return the worst case per image over all attacks, images in the order of `index`.
 
     `eps` and `attacks` are those of the run's config: they fix the order of the attacks, and an eps without any row
     is kept. Attacks that only the rows name (the parts of an ensemble) follow in order of appearance. Only the rows of
-    `goal` count, where it is given. `group` returns what an image, by its id, is a copy of.
+    `goal` count, where it is given. `group` returns what an image, by its id, is a copy of. For
+    `waiting` and `awaited` see `Verdicts`; None: each of those that wait is its own.
 
     Example:
         >>> row = {"index": 0, "image_id": "a", "label": 1, "clean_prediction": 1, "attack": "pgd", "eps": 0.1}
@@ -162,7 +170,10 @@ def verdicts(
         )
         for image_id, (index, label, clean, exposed) in about.items()
     ]
-    return Verdicts(all_eps, order, tuple(sorted(images, key=lambda image: (image.index, image.image_id))))
+    if awaited is None:
+        awaited = [f"waiting {number}" for number in range(waiting)]
+    images.sort(key=lambda image: (image.index, image.image_id))
+    return Verdicts(all_eps, order, tuple(images), waiting, tuple(awaited))
 
 
 @dataclass(frozen=True)
@@ -269,25 +280,23 @@ def tree_levels(data: Mapping[str, Any]) -> list[Level]:
     return [Level(item["tree"], item["level"], item["of"], several) for item in found]
 
 
-def level_summaries(
-    rows: Rows, table: Verdicts, eps_index: int, levels: Sequence[Level], *, waiting: int = 0
-) -> list[LevelSummary]:
+def level_summaries(rows: Rows, table: Verdicts, eps_index: int, levels: Sequence[Level]) -> list[LevelSummary]:
     """Return accuracy at every level after all attacks up to an eps, from the predictions at recorded points.
 
-    Images on which nothing is decided, and `waiting` ones, count as wrong, as they do in robust accuracy.
+    Images on which nothing is decided, and those that wait, count as wrong, as they do in robust accuracy.
     """
     points = _points(rows) if levels else {}
     unsettled = _unsettled(rows, table, eps_index) if levels else set()
     found = []
     for level in levels:
-        least, most = _robust(table, eps_index, level, points, unsettled, waiting)
+        least, most = _robust(table, eps_index, level, points, unsettled)
         found.append(
             LevelSummary(
                 name=level.name,
                 tree=level.tree,
                 level=level.level,
                 superclasses=level.superclasses,
-                clean_accuracy=_clean(table, level, waiting),
+                clean_accuracy=_clean(table, level),
                 robust_accuracy=least,
                 robust_accuracy_at_most=most,
             )
@@ -300,12 +309,9 @@ def level_transfer(
     goals: Sequence[str],
     eps_index: int,
     levels: Sequence[Level],
-    config: Mapping[str, Any],
-    *,
-    waiting: int = 0,
-    group: Callable[[str], str] = str,
+    of_goal: Callable[[str], Verdicts],
 ) -> LevelTransfer:
-    """Return the transfer matrix at one eps; `goals` are those attacked, in order."""
+    """Return the transfer matrix at one eps; `goals` are those attacked, in order, `of_goal` returns a goal's table."""
     found, clean = [], []
     # A goal is `superclass:LEVEL`, or `superclass:ROOT/LEVEL` where it is about one tree of several.
     root = goals[0].partition(":")[2].rpartition("/")[0]
@@ -313,10 +319,10 @@ def level_transfer(
     names = {str(level.level): level.name for level in levels} | {"all": "all levels at once"}
     for goal in goals:
         name = names.get(goal.partition(":")[2].rpartition("/")[2], goal)
-        table = verdicts(rows, eps=config["eps"], attacks=config["attack"], goal=goal, group=group)
+        table = of_goal(goal)
         points, unsettled = _points(rows, goal), _unsettled(rows, table, eps_index, goal, everyone=True)
-        clean = [_clean(table, level, waiting) for level in levels]
-        bounds = [_robust(table, eps_index, level, points, unsettled, waiting) for level in levels]
+        clean = [_clean(table, level) for level in levels]
+        bounds = [_robust(table, eps_index, level, points, unsettled) for level in levels]
         least, most = ([pair[side] for pair in bounds] for side in (0, 1))
         found.append(TransferRow(goal=goal, name=name, robust_accuracy=least, robust_accuracy_at_most=most))
     return LevelTransfer(levels=[level.name for level in levels], clean_accuracy=clean, rows=found)
@@ -353,19 +359,19 @@ def _unsettled(
     return found
 
 
-def _clean(table: Verdicts, level: Level, waiting: int) -> Rate:
+def _clean(table: Verdicts, level: Level) -> Rate:
     right = sum(level.same(image.label, image.clean_prediction) for image in table.images)
-    return table.share(right, waiting=waiting)
+    return table.share(right)
 
 
 def _robust(
-    table: Verdicts, eps_index: int, level: Level, points: Points, unsettled: Collection[str], waiting: int
+    table: Verdicts, eps_index: int, level: Level, points: Points, unsettled: Collection[str]
 ) -> tuple[Rate, Rate]:
     """Return accuracy at a level if no unsettled image counts, and if all count that nothing speaks against."""
-    eps, least, most = table.eps[eps_index], 0, waiting
+    eps, least, most = table.eps[eps_index], 0, table.waiting
     for image in table.images:
         said = [said for radius, said in points.get(image.image_id, ()) if radius <= eps and said != NO_ANSWER]
         right = all(level.same(image.label, prediction) for prediction in [image.clean_prediction, *said])
         most += right
         least += right and image.image_id not in unsettled
-    return table.share(least, waiting=waiting), table.share(most, waiting=waiting)
+    return table.share(least), table.share(most)

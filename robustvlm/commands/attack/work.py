@@ -3,7 +3,7 @@
 import copy
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +30,7 @@ from robustvlm.core.files import write_text
 from robustvlm.core.ranks import current_ranks, device_of_rank, resolve_device
 from robustvlm.core.size import Size, area, sides, size_text
 from robustvlm.data import DataSource, open_data
+from robustvlm.data.source import select
 from robustvlm.defenses import Classifier, load_classifier
 from robustvlm.defenses.own import load_own
 from robustvlm.errors import BadSetting, UserError, nearest, setting
@@ -110,7 +111,9 @@ class AttackWork:
         judged += copies(self.source.group(fact.image_id) for fact in clean)
         if plan.second_opinion is not None:
             random = ledger.drawn is not None
-            judged += checks.of_second_opinion(clean, found, attack=self.attacks[-1].name, random=random)
+            judged += checks.of_second_opinion(
+                clean, found, attack=self.attacks[-1].name, random=random, group=self.source.group
+            )
         if ledger.stopped is None:  # what an unfinished run shows need not hold when it goes on
             ledger.add_checks(judged)
         rows = make_rows(
@@ -135,6 +138,7 @@ class AttackWork:
             estimate=ledger.estimate,
             drawn=ledger.drawn,
             group=self.source.group,
+            awaited=_awaited(self.source, ledger.seen, manifest["config"]["limit"]),
         )
         trim_gallery(ledger.folder.gallery_path)
         with session.results():
@@ -150,6 +154,17 @@ def _unfinished(ledger: Ledger, waiting: int, *, uncounted: bool) -> str | None:
     if ledger.stopped is None or not waiting:
         return ledger.stopped
     return f"{ledger.stopped}, with {seen:,} of {seen + waiting:,} images classified"
+
+
+def _awaited(source: DataSource, seen: Collection[str], limit: int | None) -> list[str] | None:
+    """Return what the images that a run has not seen yet are copies of; as none where only streaming can tell.
+
+    None where each is its own, as in any source that knows of no copies.
+    """
+    if type(source).group is DataSource.group:
+        return None
+    ids = source.ids()
+    return [] if ids is None else [source.group(name) for name in select(ids, limit) if name not in seen]
 
 
 def _waiting(ledger: Ledger, manifest: Manifest) -> int | None:

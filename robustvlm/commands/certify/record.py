@@ -17,11 +17,12 @@ from robustvlm.commands.certify.config import CertifyConfig, trail_words
 from robustvlm.commands.certify.store import CERTIFY_SCHEMA
 from robustvlm.commands.certify.summary import CertifySummary, standing
 from robustvlm.core.size import Size, area, sides
+from robustvlm.data.splits import group_of
 from robustvlm.report.charts import Line
 from robustvlm.report.words import count_of, percent, plain
 from robustvlm.runs.records import read_rows
 from robustvlm.runs.run import FinishedRun, not_ended, read_finished
-from robustvlm.stats import Rate, rate
+from robustvlm.stats import Rate, rate, worth_of
 from robustvlm.text import format_down, format_exact, format_up
 
 # A finished certify run read back from its folder, with the curves that its report draws
@@ -102,14 +103,16 @@ def share_lines(run: CertifyRecord) -> list[Line]:
     found = [(name, radii) for name in _DRAWN if (radii := run.radii(name)) is not None]
     top = max((float(radii.max(initial=0.0)) for _, radii in found), default=0.0)
     grid = np.linspace(0.0, 1.02 * top or 1.0, _POINTS)
-    worth = run.summary.worth
-    each = 1.0 if worth is None else worth / len(right)
+    worth, total = run.summary.worth, int(known.sum())
+    if worth is not None:  # rows do not tell copies but by their ids: no more than by either count
+        group = group_of(str((run.manifest.get("data") or {}).get("spec") or ""))
+        named = [group(name) for name, one in zip(run.rows.column("image_id").to_pylist(), known, strict=True) if one]
+        worth = min(worth_of(named), worth / len(right) * total)
     lines = []
     for name, radii in found:
         # At distance zero an abstention certifies nothing either.
         counts = [int((counted & (radii >= eps) & (radii > 0.0)).sum()) for eps in grid]
-        total = int(known.sum())
-        rates = tuple(rate(count, total, independent=each * total) for count in counts)
+        rates = tuple(rate(count, total, independent=worth) for count in counts)
         lines.append(Line(name=RADII[name].title, eps=tuple(grid), rates=rates))
     return lines
 

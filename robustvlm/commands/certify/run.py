@@ -62,7 +62,7 @@ class CertifyWork:
 
     Args:
         begin: makes the share of this process, given ledger, observer and ranks.
-        group: returns what an image, by its id, is a copy of, where copies of one thing are among the images.
+        group: returns what an image, by its id, is a copy of; None where nothing tells: intervals count every image.
         illustrate: given a folder and the rows, keeps pictures for the report; None if the images are not at hand.
         told: what there is to say of the images besides.
     """
@@ -70,9 +70,9 @@ class CertifyWork:
     facts: Facts
     config: CertifyConfig
     begin: Callable[[CertifyLedger, Observer, Ranks], Share]
-    group: Callable[[str], str]
-    illustrate: Callable[[Path, list[dict[str, Any]]], None] | None = None
+    group: Callable[[str], str] | None
     told: Sequence[Check] = ()
+    illustrate: Callable[[Path, list[dict[str, Any]]], None] | None = None
 
     def run(self, session: Session) -> None:
         """Certify what is left to certify; rank 0 writes results, certificates, summary and pictures."""
@@ -86,7 +86,8 @@ class CertifyWork:
             if ranks.leader:
                 ledger.sync()
                 require_some(ledger)
-                ledger.add_checks([*copies(self.group(fact.image_id) for fact in ledger.found.values()), *self.told])
+                group = self.group or str
+                ledger.add_checks([*copies(group(fact.image_id) for fact in ledger.found.values()), *self.told])
                 with session.results() as folder:
                     finish(ledger, session.manifest, self.group)
                     if self.illustrate is not None:
@@ -103,7 +104,7 @@ def require_some(ledger: CertifyLedger) -> None:
         raise UserError(f"none of the {len(reasons)} images can be read (the first, {', '.join(reasons[:1])})")
 
 
-def finish(ledger: CertifyLedger, manifest: Manifest, group: Callable[[str], str]) -> None:
+def finish(ledger: CertifyLedger, manifest: Manifest, group: Callable[[str], str] | None) -> None:
     """Write `results.parquet`, the certificates and `summary.json` from what the ledger holds."""
     rows = make_certify_rows(ledger.found.values())
     summary = summarise_certify(

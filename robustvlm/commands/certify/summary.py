@@ -220,12 +220,12 @@ def summarise_certify(
     unreadable: Sequence[UnreadableImage] = (),
     unfinished: str | None = None,
     directions: Mapping[int, str] | None = None,
-    group: Callable[[str], str] = str,
+    group: Callable[[str], str] | None = str,
 ) -> CertifySummary:
     """Return the summary of the rows of a certify run under its manifest.
 
     `directions` are those of the smoothed features, by image. Raises ValueError when there is no row. Every rate has
-    its exact 95 % interval, in which images of one `group`, by their ids, count once.
+    its exact 95 % interval, in which images of one `group`, by their ids, count once (None: it is not known).
     """
     table = rows.to_pylist() if isinstance(rows, pa.Table) else [dict(row) for row in rows]
     if not table:
@@ -238,7 +238,7 @@ def summarise_certify(
     tokens = _tokens(table)
     spread, nearest = compare(vectors_of(directions or {}), tokens or 1)
     for row in table:
-        row["nearest"], row["group"] = nearest.get(row["index"]), group(row["image_id"])
+        row["nearest"], row["group"] = nearest.get(row["index"]), (group or str)(row["image_id"])
     return CertifySummary(
         claim=config.claim,
         statement=plan["statement"],
@@ -275,7 +275,7 @@ def summarise_certify(
         own_claim=own,
         threat=config.threat,
         half_axes=plan.get("half_axes"),
-        worth=worth_of(row["group"] for row in table),
+        worth=None if group is None else worth_of(row["group"] for row in table),
     )
 
 

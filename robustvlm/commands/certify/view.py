@@ -58,7 +58,7 @@ def certify_report(run: CertifyRecord) -> doc.Report:
         facts=doc.facts_line(run.manifest, f", {count_of(summary.images, 'images')}, noise {run.config.against}"),
         verdicts=[doc.Verdict(_verdict(run), "" if state == "none" else state)],
         cards=_cards(run),
-        footer=doc.exact_intervals(run.manifest, run.summary.checks, run.summary.worth),
+        footer=doc.ungrouped_footer(run.manifest, run.summary.checks, run.summary.worth),
         sections=[
             _radii(run),
             *_gallery(run),

@@ -1,5 +1,6 @@
 """The home of `robustvlm certify`: from its options to a run that is ready; every mistake is found before any work."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -45,7 +46,7 @@ from robustvlm.errors import BadSetting, UserError, setting
 from robustvlm.models import VLM
 from robustvlm.runs.folder import RunFolder
 from robustvlm.runs.manifest import Manifest
-from robustvlm.runs.records import find_run
+from robustvlm.runs.records import Check, find_run
 from robustvlm.runs.run import Facts
 from robustvlm.runs.settings import Observer
 from robustvlm.stats import worth_of
@@ -63,6 +64,7 @@ class Source:
     config: CertifyConfig
     rows: list[dict[str, Any]]
     worth: float | None
+    checks: list[Check]
 
     @property
     def identity(self) -> str:
@@ -83,7 +85,7 @@ def open_source(run: str, *, root: Path) -> Source:
     if not folder.finished:
         raise UserError(f"the run '{path}' has not ended: give its command again to go on")
     finished = load_certify_run(path)
-    return Source(folder, manifest, config, finished.rows.to_pylist(), finished.summary.worth)
+    return Source(folder, manifest, config, finished.rows.to_pylist(), finished.summary.worth, finished.summary.checks)
 
 
 def open_replay(settings: CertifySettings) -> CertifyWork:
@@ -178,10 +180,16 @@ def open_replay(settings: CertifySettings) -> CertifyWork:
         probe=probe,
         more=more,
     )
-    group = group_of(str(data["spec"]))
-    seen = worth_of(group(row["image_id"]) for row in source.rows)
-    told = [untold_copies(source.worth)] if source.worth is not None and source.worth < seen else []
-    return CertifyWork(facts, config, begin, group, told=told)
+    return CertifyWork(facts, config, begin, *_groups_of(source))
+
+
+def _groups_of(source: Source) -> tuple[Callable[[str], str] | None, list[Check]]:
+    """Return what images are copies of, by their ids; None, and what is to be said of it, where these do not tell."""
+    group = group_of(str(source.manifest["data"]["spec"]))
+    told = [check for check in source.checks if check.name == "copies"]
+    if source.worth is not None and source.worth < worth_of(group(row["image_id"]) for row in source.rows):
+        return None, [untold_copies(source.worth)]
+    return (None, told) if told and group is str else (group, [])
 
 
 def _without_gallery(data: dict[str, Any]) -> dict[str, Any]:
@@ -407,4 +415,4 @@ def open_sampling(settings: CertifySettings) -> CertifyWork:
         more=more,
     )
     illustrate = partial(save_extremes, source=source, framing=vlm.framing, noise=noise, seed=config.seed)
-    return CertifyWork(facts, config, begin, source.group, illustrate)
+    return CertifyWork(facts, config, begin, source.group, illustrate=illustrate)

@@ -168,9 +168,8 @@ def _held(other: AttackedRun) -> str:
 
 
 def _attacked(other: AttackedRun) -> Iterator[tuple[Any, ...]]:
-    group = _group(other)
-    images = [group(image.image_id) for image in other.verdicts().images]
-    each = worth_of(images) / max(1, len(images))
+    images = other.verdicts().images
+    each = worth_of(image.group for image in images) / max(1, len(images))
     for at in other.summary.per_eps:
         goal = "" if other.summary.goal == "misclassify" else f", {plain(other.goal, 60)}"
         what = f"attacked, {norm_name(other.summary.norm)} {plain(at.eps_text, 20)}{goal}{_held(other)}"

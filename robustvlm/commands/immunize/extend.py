@@ -252,7 +252,7 @@ class ExtendWork:
         return records.Added(
             name=self.name,
             to=str(self.earlier.model.folder),
-            others=records.Others(**others.model_dump(exclude={"groups_first", "groups_second"}), total=len(labels)),
+            others=records.Others(**others.model_dump(), total=len(labels)),
             others_accepted=mcnemar_exact(
                 (was & (old_score > 0)).tolist(), (now & (new_score > 0)).tolist(), groups=groups
             ),

@@ -102,6 +102,7 @@ class Others(_Part):
     only_second: int
     neither: int
     p_value: float
+    things: int | None = None
     total: int
 
 

@@ -116,7 +116,7 @@ def _added(added: Added | None) -> list[doc.Section]:
     others = added.others
     said = (
         f". Of {others.total} held-out images of the other classes, {others.only_first} were right before and "
-        f"are wrong now, {others.only_second} the other way round (McNemar p = {others.p_value:.3g})."
+        f"are wrong now, {others.only_second} the other way round (paired test, p = {others.p_value:.3g})."
     )
     line: list[doc.Inline] = [doc.Name(added.name), " was added to ", doc.Code(added.to), said]
     return [doc.Section("The class that was added", [doc.Text(line)])]

@@ -32,10 +32,12 @@ def intervals_of(summary: Judgement) -> str:
     """Say what the intervals and the tests are."""
     once = ""
     if summary.worth is not None and summary.worth < summary.images:
-        once = f", of {summary.worth:.0f} images, as copies of one thing count once, in p as well"
+        once = f", of {summary.worth:.0f} images: copies of one thing count once"
+        tests = [one.protocol for one in summary.models if one.protocol is not None]
+        once += ", in p as well" if all(test.things is not None for test in tests) else ", and each on its own in p"
     return (
-        f"Intervals are 95%, Clopper-Pearson{once}. p: exact McNemar test of robust accuracy against the undefended "
-        "model on the same images, Holm over the defences of the run."
+        f"Intervals are 95%, Clopper-Pearson{once}. p: exact paired test (McNemar) of robust accuracy against the "
+        "undefended model on the same images, Holm over the defences of the run."
     )
 
 
@@ -168,7 +170,7 @@ def tone_of(found: ModelJudgement) -> str:
     test, p = found.gain, found.gain_p
     if test is None or p is None or p >= _CLEARLY or any(check.level in ("fault", "warning") for check in found.checks):
         return "neutral"
-    return "held" if test.lead > 0 else ""
+    return "held" if test.only_first > test.only_second else ""
 
 
 def _against_none(found: ModelJudgement) -> str:
@@ -182,7 +184,7 @@ def _against_none(found: ModelJudgement) -> str:
     elif not clear:
         how = f"no clear difference to the {base} without it (p = {p:.2g})"
     else:
-        more = "more" if test.lead > 0 else "fewer"
+        more = "more" if test.only_first > test.only_second else "fewer"
         how = f"{more} than the {base} without it (p = {p:.2g})"
     return f" That is {how}."
 
