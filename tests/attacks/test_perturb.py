@@ -60,16 +60,18 @@ def test_the_margin_is_that_of_the_worst_point_of_the_ball() -> None:
     assert torch.allclose(found.margins, worst, atol=1e-4)
 
 
-@pytest.mark.parametrize("eps", [pytest.param(0.03, marks=pytest.mark.slow), 0.06])
-def test_no_more_accuracy_is_left_than_by_the_packages(eps: float) -> None:
+@pytest.mark.parametrize(("eps", "count"), [pytest.param(0.01, 32, marks=pytest.mark.slow), (0.01, 9), (0.06, 32)])
+def test_no_more_accuracy_is_left_than_by_the_packages(eps: float, count: int) -> None:
     import pyautoattack
     import torchattacks
 
-    model, x = Curved(classes=10).eval(), images(32)
+    model, x = Curved(classes=10).eval(), images(count)
     label = labels_of(model, x)
     label[:4] = (label[:4] + 1) % 10
     found = AutoAttack(eps=eps, lanes=32)(model, x, label)
     held = len(x) - int(found.fooled.sum())
+    assert (held > 0) == (eps < 0.06)  # at the smaller radius every attack has its turn
+    assert held < len(x) - 4
     assert found.by[:4] == (CLEAN,) * 4
     with torch.no_grad():
         apgd = torchattacks.APGD(model, eps=eps, steps=50)(x, label)
