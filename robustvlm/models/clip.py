@@ -233,13 +233,16 @@ def _rows(model: Any, text: dict[str, Any]) -> int:
 
 # open_clip models as VLMs: architecture by name, folder or hub, weights read safely, preprocessing inside
 
-# Cleaning may spell one sign out as many: U+FDFA, of three bytes, as 18 letters of two. ASCII it leaves or shortens.
+# Cleaning may spell one sign out as many: U+FDFA, of three bytes, as 18 letters of two. ASCII it leaves alone, but for
+# entities of HTML.
 _MOST_TOKENS_A_BYTE = 12
 
 
 def _most_tokens(text: str) -> int:
     """Return how many tokens a text makes at most: one a byte of what cleaning may make of it."""
-    return len(text) if text.isascii() else _MOST_TOKENS_A_BYTE * len(text.encode("utf-8", "replace"))
+    return (
+        len(text) if text.isascii() and "&" not in text else _MOST_TOKENS_A_BYTE * len(text.encode("utf-8", "replace"))
+    )
 
 
 # Token ids of these tell tokenizers apart in a fingerprint.

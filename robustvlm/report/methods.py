@@ -234,14 +234,12 @@ def _draws(config: Mapping[str, Any], drawn: Drawn | None) -> Iterator[str]:
         yield f"A success must hold in the majority of {draws} fresh draws{more}."
 
 
-def _counting_once(config: Mapping[str, Any]) -> Iterator[str]:
-    """Say what intervals are that take copies of one thing for one case, where there are any."""
+def _counting_once(config: Mapping[str, Any], *, paired: bool = False) -> Iterator[str]:
+    """Say what intervals are, and `paired` tests, that take copies of one thing for one case, where there are any."""
     yield _EXACT
     if copies_counted(config.get("data")):
-        yield (
-            "Where the report says that copies of one thing count once, intervals are those of that many cases, and "
-            "paired tests randomise the signs of the differences over all copies of a thing."
-        )
+        tests = ", and tests randomise the signs of the differences over all copies of a thing" * paired
+        yield f"Where the report says that copies of one thing count once, intervals are of that many cases{tests}."
 
 
 def _judge(manifest: Manifest) -> Iterator[str]:
@@ -273,7 +271,7 @@ def _judge(manifest: Manifest) -> Iterator[str]:
         "Robust accuracy is the worst case over all of them. It is compared with that of the undefended model on the "
         "same images by McNemar's exact test [@mcnemar1947], adjusted over the defences by Holm's method [@holm1979]."
     )
-    yield from _counting_once(config)
+    yield from _counting_once(config, paired=True)
 
 
 # Certificates

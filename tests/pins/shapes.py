@@ -16,6 +16,7 @@ ADDED = {
     "says_classes",
     "spread",
     "worth",
+    "worth_in_all",
     "things",
     "apart",
     "likely_least",

@@ -146,6 +146,14 @@ def test_images_that_wait_and_may_be_copies_of_those_seen_add_nothing() -> None:
         assert share is not None
         assert share == rate(hits, 16, independent=4)
     assert at.attack_success_rate == rate(0, 4)
+    assert (found.images.worth, found.images.worth_in_all) == (4, 4)
+    # Of no image seen, and of none attacked, intervals are those of one.
+    for few in ([], [row_of(0, 0, 1, "pgd", 0.1, "clean_wrong")]):
+        early = summarise(few, manifest_of([0.1], ["pgd"]), waiting=5, awaited=[])
+        assert Summary.model_validate_json(early.model_dump_json()) == early
+        assert early.per_eps[0].attack_success_rate_at_most == rate(5, 5, independent=1)
+    with pytest.raises(ValueError, match="2 images are awaited and 1 wait"):
+        summarise(rows, manifest_of([0.1], ["pgd"]), waiting=1, awaited=["a", "b"])
 
 
 @settings(max_examples=40, deadline=None)

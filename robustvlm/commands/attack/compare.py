@@ -342,9 +342,13 @@ def _tests(comparisons: Sequence[Comparison], keys: Sequence[str], runs: Sequenc
         "right and the second does not."
     )
     if any(c.test.things is not None for c in comparisons):
-        lead += " Copies of one thing count once, in intervals and in tests."
-    if any(map(untold_copies, runs)):
-        lead += " In these tests copies of one thing count one by one, as ids do not tell them: p-values are too small."
+        lead += " Copies of one thing count once, in intervals and in tests, where ids tell them."
+    tested = {place for c in comparisons for place in (c.first, c.second)}
+    if untold := [keys[place] for place in sorted(tested) if untold_copies(runs[place])]:
+        lead += (
+            f" In tests of {', '.join(untold)} copies of one thing count one by one, as ids do not tell them: p-values "
+            "are too small, and intervals too narrow."
+        )
     rows: list[doc.Row] = []
     for c in comparisons:
         found: doc.Line = (

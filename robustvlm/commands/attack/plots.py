@@ -120,8 +120,7 @@ def _unperturbed(summary: Summary) -> tuple[Rate, Rate]:
     if images.exposed in (None, images.clean_correct):
         return summary.clean_accuracy, summary.clean_accuracy_at_most or summary.clean_accuracy
     total, exposed = images.evaluated + images.waiting, images.exposed or 0
-    # Of what waits nothing is known here: where there are copies, it may be copies of what was seen.
-    worth = total if images.worth in (None, images.evaluated) else images.worth
+    worth = None if images.worth_in_all is None else max(1.0, images.worth_in_all)
     return rate(exposed, total, independent=worth), rate(exposed + images.waiting, total, independent=worth)
 
 

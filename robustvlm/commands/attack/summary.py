@@ -22,6 +22,7 @@ class Images(Record):
     those that a run which stopped early has not classified yet; `uncounted`: there may be more of them, in a stream of
     unknown length, so that no rate is known. `worth` is how many independent images those evaluated are worth, where
     copies of one thing are among them: intervals are those of so many. None in runs whose intervals count every image.
+    `worth_in_all` is the same with those that wait.
     """
 
     evaluated: int
@@ -32,6 +33,7 @@ class Images(Record):
     waiting: int = 0
     uncounted: bool = False
     worth: float | None = None
+    worth_in_all: float | None = None
 
 
 class AttackSummary(Record):
@@ -224,6 +226,7 @@ def summarise(
             waiting=waiting,
             uncounted=uncounted,
             worth=worth_of(image.group for image in table.images),
+            worth_in_all=worth_of([*(image.group for image in table.images), *table.awaited]),
         ),
         clean_accuracy=table.share(correct),
         clean_accuracy_at_most=table.share(correct + waiting) if waiting else None,

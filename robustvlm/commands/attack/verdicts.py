@@ -69,7 +69,8 @@ class Verdicts:
         """
         among = self.images if among is None else among
         groups = [image.group for image in among] + [*self.awaited] * waiting
-        return rate(hits, len(among) + self.waiting * waiting, independent=worth_of(groups))
+        # Images that may all be copies of one thing are worth one.
+        return rate(hits, len(among) + self.waiting * waiting, independent=max(1.0, worth_of(groups)))
 
     def after(self, image: ImageVerdict, eps_index: int, attack_index: int | None = None) -> Outcome:
         """Return the verdict at `eps[eps_index]` after the attacks up to `attack_index` (None: after all of them).
@@ -172,6 +173,8 @@ def verdicts(
     ]
     if awaited is None:
         awaited = [f"waiting {number}" for number in range(waiting)]
+    if len(awaited) > waiting:
+        raise ValueError(f"{len(awaited)} images are awaited and {waiting} wait")
     images.sort(key=lambda image: (image.index, image.image_id))
     return Verdicts(all_eps, order, tuple(images), waiting, tuple(awaited))
 

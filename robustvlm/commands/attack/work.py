@@ -138,7 +138,7 @@ class AttackWork:
             estimate=ledger.estimate,
             drawn=ledger.drawn,
             group=self.source.group,
-            awaited=_awaited(self.source, ledger.seen, manifest["config"]["limit"]),
+            awaited=_awaited(self.source, ledger.seen, manifest["config"]["limit"], waiting or 0),
         )
         trim_gallery(ledger.folder.gallery_path)
         with session.results():
@@ -156,7 +156,7 @@ def _unfinished(ledger: Ledger, waiting: int, *, uncounted: bool) -> str | None:
     return f"{ledger.stopped}, with {seen:,} of {seen + waiting:,} images classified"
 
 
-def _awaited(source: DataSource, seen: Collection[str], limit: int | None) -> list[str] | None:
+def _awaited(source: DataSource, seen: Collection[str], limit: int | None, waiting: int) -> list[str] | None:
     """Return what the images that a run has not seen yet are copies of; as none where only streaming can tell.
 
     None where each is its own, as in any source that knows of no copies.
@@ -164,7 +164,9 @@ def _awaited(source: DataSource, seen: Collection[str], limit: int | None) -> li
     if type(source).group is DataSource.group:
         return None
     ids = source.ids()
-    return [] if ids is None else [source.group(name) for name in select(ids, limit) if name not in seen]
+    if ids is None or not waiting:
+        return []
+    return [source.group(name) for name in select(ids, limit) if name not in seen][:waiting]
 
 
 def _waiting(ledger: Ledger, manifest: Manifest) -> int | None:
