@@ -240,9 +240,8 @@ _MOST_TOKENS_A_BYTE = 12
 
 def _most_tokens(text: str) -> int:
     """Return how many tokens a text makes at most: one a byte of what cleaning may make of it."""
-    return (
-        len(text) if text.isascii() and "&" not in text else _MOST_TOKENS_A_BYTE * len(text.encode("utf-8", "replace"))
-    )
+    plain = text.isascii() and "&" not in text
+    return len(text) if plain else _MOST_TOKENS_A_BYTE * len(text.encode("utf-8", "replace"))
 
 
 # Token ids of these tell tokenizers apart in a fingerprint.
