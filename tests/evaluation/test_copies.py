@@ -76,7 +76,7 @@ def test_a_comparison_says_of_copies_that_ids_do_not_tell(tmp_path: Path, monkey
 
 
 def test_certificates_say_it_too_and_so_do_those_from_kept_features(tmp_path: Path) -> None:
-    run = rv.certify("tiny", data="emoji?split=test", limit=11, samples=200, cache="float16", out=tmp_path)
+    run = rv.certify("tiny", data="emoji?split=test", limit=11, samples=60, cache="float16", out=tmp_path)
     ids = run.rows.column("image_id").to_pylist()
     assert told(run)[0].startswith(f"11 images are worth {worth(ids):.0f} independent ones")
     again = rv.certify("tiny", from_cache=str(run.folder), prompts="independent", out=tmp_path)
