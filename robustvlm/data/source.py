@@ -7,7 +7,8 @@ import heapq
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, NamedTuple
+from functools import wraps
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -59,6 +60,22 @@ class Tensors(NamedTuple):
     ids: list[str]
 
 
+def _checked(group: Callable[[Any, str], str]) -> Callable[[Any, str], str]:
+    """Return a source's `group` that refuses to name a thing by anything but a text: None would make all images one."""
+
+    @wraps(group)
+    def told(self: DataSource, image_id: str) -> str:
+        found: object = group(self, image_id)
+        if not isinstance(found, str) or not found:
+            raise UserError(
+                f"group('{image_id}') of '{self.spec}' must return a text that names what the image is a copy of (the "
+                f"id, where it is none), got {found!r}"
+            )
+        return found
+
+    return told
+
+
 class DataSource(ABC):
     """Images with stable ids and labels, streamed in source order; at most a few images are in memory at once.
 
@@ -75,6 +92,12 @@ class DataSource(ABC):
         >>> [sample.label for sample in Dots("dots", ["even", "odd"]).samples()]
         [0, 1, 0, 1]
     """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Have what a source says of copies checked wherever it is asked."""
+        super().__init_subclass__(**kwargs)
+        if "group" in vars(cls):
+            cls.group = _checked(cls.group)  # type: ignore[assignment, method-assign]
 
     def __init__(
         self,

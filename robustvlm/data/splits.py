@@ -218,6 +218,11 @@ def group_of(spec: str) -> Callable[[str], str]:
     return drawing_of
 
 
+def group_of_run(manifest: Mapping[str, Any]) -> Callable[[str], str]:
+    """Return what tells, by the ids of a run's images, which are copies of one thing: rows do not store it."""
+    return group_of(str((manifest.get("data") or {}).get("spec") or ""))
+
+
 def same_images(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
     """Whether equal ids mean equal images in two runs, by what their manifests say of their data.
 

@@ -11,9 +11,11 @@ from scipy.stats import beta
 
 import robustvlm as rv
 from robustvlm.commands.attack.compare import comparison_report, untold_copies
+from robustvlm.commands.certify.record import certified, share_lines
 from robustvlm.data import open_data
 from robustvlm.data.emoji import EmojiSource
 from robustvlm.data.source import select
+from robustvlm.errors import UserError
 from robustvlm.report.page import page_of
 from robustvlm.stats import Rate
 
@@ -75,12 +77,27 @@ def test_a_comparison_says_of_copies_that_ids_do_not_tell(tmp_path: Path, monkey
     assert "ids do not tell them" not in page_of(comparison_report([known, known], rv.compare(known, known)))
 
 
+@pytest.mark.parametrize("answer", [["film"], None, ""])
+def test_a_source_that_names_no_thing_is_refused_before_any_work(tmp_path: Path, answer: Any) -> None:
+    class Films(EmojiSource):
+        def group(self, image_id: str) -> str:
+            del image_id
+            return answer  # type: ignore[no-any-return]
+
+    source = Films.from_options({"split": "test", "copies": "1"})
+    with pytest.raises(UserError, match=r"group\('emoji/.*' must return a text that names what the image is a copy of"):
+        rv.attack("tiny", data=source, attack="pgd:steps=1", checks="none", limit=4, out=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_certificates_say_it_too_and_so_do_those_from_kept_features(tmp_path: Path) -> None:
     run = rv.certify("tiny", data="emoji?split=test", limit=11, samples=60, cache="float16", out=tmp_path)
     ids = run.rows.column("image_id").to_pylist()
     assert told(run)[0].startswith(f"11 images are worth {worth(ids):.0f} independent ones")
     again = rv.certify("tiny", from_cache=str(run.folder), prompts="independent", out=tmp_path)
     assert told(again) == told(run)
+    drawn, whole = share_lines(run)[0].rates[0], certified(run.summary)  # the curve begins where the table ends
+    assert (drawn.low, drawn.high) == pytest.approx((whole.low, whole.high))
     for one in (run.summary, again.summary):
         assert one.worth == pytest.approx(worth(ids))
         assert is_of(one.abstained, worth(ids))

@@ -12,7 +12,7 @@ from robustvlm.attacks.goals import CLEAN, GoalWords, goal_words
 from robustvlm.commands.attack.store import SCHEMA
 from robustvlm.commands.attack.summary import EpsSummary, Summary
 from robustvlm.commands.attack.verdicts import Verdicts, verdicts
-from robustvlm.data.splits import group_of
+from robustvlm.data.splits import group_of_run
 from robustvlm.errors import UserError
 from robustvlm.report.words import RANGE, ball, bounds, count_of, interval, number, percent, plain
 from robustvlm.runs.manifest import Manifest
@@ -91,8 +91,7 @@ class AttackedRun(FinishedRun[Summary]):
 
     def verdicts(self) -> Verdicts:
         """Return the worst case per image; what it is a copy of, as far as its id tells it: rows do not store it."""
-        config, data = self.manifest["config"], self.manifest.get("data") or {}
-        group = group_of(str(data.get("spec") or ""))
+        config, group = self.manifest["config"], group_of_run(self.manifest)
         return verdicts(self.rows, eps=config["eps"], attacks=config["attack"], group=group)
 
 

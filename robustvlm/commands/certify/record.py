@@ -17,7 +17,7 @@ from robustvlm.commands.certify.config import CertifyConfig, trail_words
 from robustvlm.commands.certify.store import CERTIFY_SCHEMA
 from robustvlm.commands.certify.summary import CertifySummary, standing
 from robustvlm.core.size import Size, area, sides
-from robustvlm.data.splits import group_of
+from robustvlm.data.splits import group_of_run
 from robustvlm.report.charts import Line
 from robustvlm.report.words import count_of, percent, plain
 from robustvlm.runs.records import read_rows
@@ -105,7 +105,7 @@ def share_lines(run: CertifyRecord) -> list[Line]:
     grid = np.linspace(0.0, 1.02 * top or 1.0, _POINTS)
     worth, total = run.summary.worth, int(known.sum())
     if worth is not None:  # rows do not tell copies but by their ids: no more than by either count
-        group = group_of(str((run.manifest.get("data") or {}).get("spec") or ""))
+        group = group_of_run(run.manifest)
         named = [group(name) for name, one in zip(run.rows.column("image_id").to_pylist(), known, strict=True) if one]
         worth = min(worth_of(named), worth / len(right) * total)
     lines = []

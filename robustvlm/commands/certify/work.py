@@ -32,14 +32,14 @@ from robustvlm.commands.certify.summary import parse_certify_condition
 from robustvlm.commands.certify.view import certify_report as report_of
 from robustvlm.commands.certify.view import show, write_certify_report
 from robustvlm.commands.common.inputs import Images, describe_data, facts_of, probe_of, remarks_of
-from robustvlm.commands.common.questions import untold_copies
+from robustvlm.commands.common.questions import copies_not_told
 from robustvlm.core.framing import trial_pixels
 from robustvlm.core.probe import change_of
 from robustvlm.core.ranks import Ranks, current_ranks, device_of_rank, resolve_device
 from robustvlm.core.user_code import named_by
 from robustvlm.data import open_data
 from robustvlm.data.classes import read_templates
-from robustvlm.data.splits import group_of
+from robustvlm.data.splits import group_of_run
 from robustvlm.defenses import SmoothedVLM, load_pipeline
 from robustvlm.defenses.answering import AnswerVLM, NamingVLM
 from robustvlm.errors import BadSetting, UserError, setting
@@ -185,10 +185,10 @@ def open_replay(settings: CertifySettings) -> CertifyWork:
 
 def _groups_of(source: Source) -> tuple[Callable[[str], str] | None, list[Check]]:
     """Return what images are copies of, by their ids; None, and what is to be said of it, where these do not tell."""
-    group = group_of(str(source.manifest["data"]["spec"]))
+    group = group_of_run(source.manifest)
     told = [check for check in source.checks if check.name == "copies"]
     if source.worth is not None and source.worth < worth_of(group(row["image_id"]) for row in source.rows):
-        return None, [untold_copies(source.worth)]
+        return None, [copies_not_told(source.worth)]
     return (None, told) if told and group is str else (group, [])
 
 

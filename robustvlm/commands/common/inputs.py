@@ -194,6 +194,8 @@ def describe_data(source: DataSource) -> dict[str, Any]:
 def describe_images(source: DataSource) -> dict[str, Any]:
     """Return the facts that identify the images alone."""
     ids, content = source.ids(), source.content()
+    for name in (ids or [])[:1]:
+        source.group(name)  # which is asked when all is done: what is wrong with it is found before
     return {
         "spec": source.spec,
         "fingerprint": source.fingerprint(),

@@ -53,7 +53,7 @@ def copies(groups: Iterable[Hashable]) -> list[Check]:
     return [Check(name="copies", level="note", message=message)]
 
 
-def untold_copies(worth: float) -> Check:
+def copies_not_told(worth: float) -> Check:
     """Say of images worth fewer, whose ids do not tell which are copies, that intervals are too narrow."""
     message = (
         f"The images are worth {worth:,.0f} independent one{'s' if round(worth) != 1 else ''}, and their ids do not "

@@ -10,7 +10,7 @@ from robustvlm.commands.attack.record import AttackedRun, load_run, words_of
 from robustvlm.commands.attack.report import share
 from robustvlm.commands.evaluate.record import Group, uneven
 from robustvlm.commands.evaluate.view import Evaluation, evaluate_report, read_run, spread_cells
-from robustvlm.data.splits import group_of, same_images
+from robustvlm.data.splits import group_of_run, same_images
 from robustvlm.errors import UserError
 from robustvlm.report import sections as doc
 from robustvlm.report.page import drawing, page_of, write_page
@@ -142,7 +142,7 @@ def _comparable(run: Evaluation, other: AttackedRun) -> bool:
 
 def _group(run: Evaluation | AttackedRun) -> Group:
     """Return what images have in common whose copies count once, as far as ids tell it: rows do not store it."""
-    return group_of(str((run.manifest.get("data") or {}).get("spec") or ""))
+    return group_of_run(run.manifest)
 
 
 def _untold_copies(run: Evaluation, other: Evaluation | AttackedRun) -> bool:
