@@ -645,6 +645,7 @@ def judge(
     eps: str | float | None = None,
     steps: int = 100,
     queries: int = 300,
+    targets: int = 9,
     limit: int = 100,
     seed: int = 0,
     lanes: int = 32,
@@ -684,6 +685,8 @@ def judge(
         eps: The radius [default: 4/255; L2: 0.5].
         steps: Gradient steps of every attack.
         queries: Queries of Square on what is left; 0 to leave it out.
+        targets: Wrong classes, the likeliest first, that APGD is aimed at where something is left; 0 to leave it
+            out.
         limit: Judge on this many images, chosen by a hash of their ids.
         seed: Seed of every random draw.
         lanes: Images attacked side by side in one batch.

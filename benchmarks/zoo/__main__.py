@@ -2,9 +2,12 @@
 
     python -m benchmarks.zoo --base tiny --out runs/zoo
     python -m benchmarks.zoo --base benchmarks.cifar10.model:load --data parquet:test.parquet --label cifar10
+    python -m benchmarks.zoo --base tiny-robust --groups crops,views,draws,drift,counters --screen
     python -m benchmarks.zoo
 
-Without a base it prints the tables of what is there. A run that was stopped goes on where it was.
+Without a base it prints the tables of what is there. A run that was stopped goes on where it was. `--screen` spends a
+tenth or so: ten steps, no targets and no queries, few draws. What it leaves is an upper bound, enough to see that a
+defence adds nothing; one that seems to add something is to be judged without it.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ import argparse
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import robustvlm as rv
@@ -35,6 +38,8 @@ class Group:
         steps: of every gradient attack; queries: of Square. defences: as written behind a model; those of many views
             draw fewer than their papers, as every view is a pass of every step.
         eot: draws that a gradient averages over; None for what a defence declares. draws: that judge a point.
+        screened: the draws of a gradient where a group is only screened. targets: wrong classes that APGD is aimed at.
+        lanes: images side by side; few where every image brings many views.
     """
 
     steps: int
@@ -42,31 +47,48 @@ class Group:
     defences: tuple[str, ...]
     eot: int | None = None
     draws: int = 21
+    screened: int | None = None
+    targets: int = 9
+    lanes: int = 32
+
+    def screen(self) -> Group:
+        """Return the group with the least effort that says something: what holds may still fall to more."""
+        return replace(self, steps=10, queries=0, targets=0, draws=5, eot=self.screened)
 
 
 GROUPS = {
     "filters": Group(20, 100, ("jpeg:75", "bits:3", "median:3", "blur:3", "clipure", "bits:3+jpeg:75")),
     "loops": Group(20, 100, ("antiadv", "antiadv:2:0.004", "et3", "csr", "tte:5")),
-    "counters": Group(20, 100, ("ttc",), eot=4, draws=5),
-    "crops": Group(20, 20, ("vote:8", "agc:8")),
-    "views": Group(20, 20, ("rtpt:views=8", "ttp:views=8")),
-    "draws": Group(20, 20, ("randpad", "dbd")),
+    "counters": Group(20, 100, ("ttc",), eot=4, draws=5, screened=2),
+    "crops": Group(20, 20, ("vote:8", "agc:8"), screened=1),
+    "views": Group(20, 20, ("rtpt:views=8", "ttp:views=8"), screened=1),
+    "draws": Group(20, 20, ("randpad",), screened=4),
+    "drift": Group(20, 20, ("dbd",), screened=1, lanes=8),
 }
+SCREEN = ".screen"
 
 
-def judge(base: str, data: str | None, label: str, group: str, eps: str, *, limit: int, out: Path) -> None:
+def judge(
+    base: str, data: str | None, label: str, group: str, eps: str, *, limit: int, out: Path, screen: bool = False
+) -> None:
     """Judge the defences of a group on a base, unless it is done; figures go to `LABEL-EPS-GROUP.json`.
+
+    Screened, with little effort, they go to `LABEL-EPS-GROUP.screen.json`.
 
     Raises:
         UserError: a run of other images or another model has that name.
     """
     name, chosen = f"{label}-{eps.replace('/', 'of')}-{group}", GROUPS[group]
+    if screen:
+        name, chosen = name + SCREEN, chosen.screen()
     found = rv.judge(
         ",".join(f"{base}+{defence}" for defence in chosen.defences),
         limit=limit,
         eps=eps,
         steps=chosen.steps,
         queries=chosen.queries,
+        targets=chosen.targets,
+        lanes=chosen.lanes,
         eot=chosen.eot,
         draws=chosen.draws,
         out=out / "runs",
@@ -92,8 +114,10 @@ def tables(out: Path) -> Iterator[str]:
 
 
 def table(judgements: Sequence[Judgement]) -> str:
-    """Return one Markdown table: the undefended model once for each effort, then every defence."""
+    """Return one Markdown table: the undefended model once for each effort, then every defence by the most effort."""
+    judgements = sorted(judgements, key=lambda judged: (judged.steps, judged.queries))
     defended = {one.spec: one for judged in judgements for one in judged.models if one.facts.base is not None}
+    steps_of = {one.spec: judged.steps for judged in judgements for one in judged.models}
     values = [one.gain.p_value for one in defended.values() if one.gain is not None]
     adjusted = dict(zip(defended, holm(values), strict=True))
     bases = {
@@ -102,8 +126,9 @@ def table(judgements: Sequence[Judgement]) -> str:
     rows = [
         _row(f"none ({steps} steps, {-queries} queries)", one, {}) for (queries, steps), one in sorted(bases.items())
     ]
+    full = max(judged.steps for judged in judgements)
     rows += [
-        _row(f"`+{spec.removeprefix(f'{one.facts.base}+')}`", one, adjusted)
+        _row(f"`+{spec.removeprefix(f'{one.facts.base}+')}`" + ("" if steps_of[spec] == full else " *"), one, adjusted)
         for spec, one in sorted(defended.items(), key=lambda item: -item[1].worst.successes)
     ]
     heads = ["defence", "clean", "unaware: PGD", "APGD", "own label", "gradients alone", "worst", "p", "F / B"]
@@ -132,6 +157,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--label", help="what the tables call it; default: its spec")
     parser.add_argument("--eps", default="1/255,4/255", help="radii, L-infinity")
     parser.add_argument("--groups", default=",".join(GROUPS), help="of defences, with commas between")
+    parser.add_argument("--screen", action="store_true", help="with little effort: upper bounds")
     parser.add_argument("--limit", type=int, default=100, help="images")
     parser.add_argument("--out", type=Path, default=Path("runs/zoo"))
     given = parser.parse_args(argv)
@@ -148,7 +174,7 @@ def run(given: argparse.Namespace) -> None:
         raise UserError(f"'{label}' is no name for a file: pass --label, as --label photowords")
     for group in groups if given.base else ():
         for eps in given.eps.split(","):
-            judge(given.base, given.data, label, group, eps, limit=given.limit, out=given.out)
+            judge(given.base, given.data, label, group, eps, limit=given.limit, out=given.out, screen=given.screen)
     print("\n\n".join(tables(given.out)))
 
 

@@ -41,6 +41,13 @@ class JudgeSettings(Settings):
     queries: int = option(
         300, "Queries of Square on what is left; 0 to leave it out.", at_least=0, at_most=1_000_000, ranged=True
     )
+    targets: int = option(
+        9,
+        "Wrong classes, the likeliest first, that APGD is aimed at where something is left; 0 to leave it out.",
+        at_least=0,
+        at_most=10_000,
+        ranged=True,
+    )
     limit: int = option(
         100,
         "Judge on this many images, chosen by a hash of their ids.",

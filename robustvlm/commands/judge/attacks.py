@@ -90,6 +90,7 @@ class Attacked:
     Args:
         model: the classifier. features: the classifier whose encoder the attack on features looks at.
         first: images for the first questions.
+        targets: wrong classes that APGD is aimed at; 0 for no such act.
         eot: draws for a gradient, None for what the defences declare. draws: that judge a success.
     """
 
@@ -99,6 +100,7 @@ class Attacked:
     threat: ThreatModel
     steps: int
     queries: int
+    targets: int
     lanes: int
     seed: int
     eot: int | None
@@ -118,7 +120,7 @@ class Attacked:
         # Longer steps in less number may find what a long attack does not, and more effort must never help a defence.
         short = (f"{SHORT}{mode}" for mode in self.modes if self.steps >= SHORTER)
         started = (f"{START}{mode}" for mode in self.modes)
-        targeted = (f"{TARGETED}{self.modes[0]}",) if len(self.model.class_names) > 2 else ()
+        targeted = (f"{TARGETED}{self.modes[0]}",) if self.targets and len(self.model.class_names) > 2 else ()
         return (CLEAN, *TRANSFER, *through, *feature, *short, *started, *targeted, *square)
 
     @cached_property
@@ -194,7 +196,7 @@ class Attacked:
                 attacks = [PGDFrom(n_iter=self.steps, points=points)]
                 return self._fates(self._perturb(images, attacks, eot=self.finer_draws))
             if f"{kind}:" == TARGETED:
-                return self._fates(self._perturb(images, f"apgd-t:steps={self.steps}"))
+                return self._fates(self._perturb(images, f"apgd-t:steps={self.steps}:targets={self.targets}"))
             if f"{kind}:" == SHORT:
                 return self._fates(self._perturb(images, f"pgd:steps={self.steps // SHORTER}"))
             margin = f"apgd-ce:steps={self.steps}:objective=margin"

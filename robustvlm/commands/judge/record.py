@@ -121,7 +121,8 @@ class Judgement(Record):
     """The summary of a run: every model, undefended ones before what stands on them.
 
     `worth` is how many independent images the images are worth, where copies of one thing are among them: the intervals
-    are those of so many. None in runs of before, whose intervals count every image.
+    are those of so many. None in runs of before, whose intervals count every image. `targets` are the wrong classes
+    that APGD was aimed at; None in runs of before, which aimed at none or at nine.
     """
 
     norm: str
@@ -136,6 +137,7 @@ class Judgement(Record):
     models: list[ModelJudgement]
     not_reproduced: tuple[Unreproduced, ...] = ()
     effort: int = 1
+    targets: int | None = None
     worth: float | None = None
 
     def of(self, spec: str) -> ModelJudgement:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from robustvlm.attacks.honesty import exactly
+from robustvlm.core.boundary import layout_of
 from robustvlm.core.object_graph import fingerprint
 from robustvlm.core.size import Size
 from robustvlm.defenses.classifier import Classifier
@@ -62,16 +63,20 @@ class _BelowModel:
         return _wide(found)
 
     def embed(self, pixels: Tensor) -> Tensor:
-        return _wide(self._vlm.embed_image(pixels))
+        return _wide(self._vlm.embed_image(self._laid(pixels)))
 
     def encode(self, pixels: Tensor) -> Tensor:
-        return _wide(self._vlm.encode_image(pixels))
+        return _wide(self._vlm.encode_image(self._laid(pixels)))
 
     def encode_text(self, texts: list[str]) -> Tensor:
         return _wide(self._vlm.encode_text(texts))
 
     def logits(self, pixels: Tensor) -> Tensor:
-        return _wide(self._classifier(pixels))
+        return _wide(self._classifier(self._laid(pixels)))
+
+    def _laid(self, pixels: Tensor) -> Tensor:
+        # Views and steps of a defence leave pixels in any layout; the wrong one costs a third of a convolution's speed.
+        return pixels.contiguous(memory_format=layout_of(self.model))
 
     def scores(self, features: Tensor) -> Tensor:
         # Under autocast the last product would lose the margins attacks turn on.
