@@ -1,4 +1,4 @@
-"""The zoo's benchmark keeps figures of one version of the program, as a run gone on with by another mixes two."""
+"""The zoo's benchmark: figures are of one version of the program, and the most effort makes a row."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.zoo import __main__ as zoo
 from benchmarks.zoo.__main__ import judge
 from robustvlm.errors import UserError
 
@@ -23,3 +24,26 @@ def test_a_run_of_two_versions_makes_no_row(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(UserError, match=r"several versions, aaaaaaaa and bbbbbbbb: delete it"):
         judge("tiny", None, "other", "filters", "1/255", limit=1, out=tmp_path)
     assert not (tmp_path / "other-1of255-filters.json").exists()
+
+
+def test_the_most_effort_makes_a_row_and_a_screened_one_is_marked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    little = zoo.Group(2, 0, ("bits:3", "bits:2"), targets=0)
+    monkeypatch.setitem(zoo.GROUPS, "filters", zoo.Group(12, 3, ("bits:3",), targets=1, lanes=2))
+    judge("tiny", None, "tiny", "filters", "8/255", limit=2, out=tmp_path)
+    monkeypatch.setattr(zoo.Group, "screen", lambda _: little)
+    judge("tiny", None, "tiny", "filters", "8/255", limit=2, out=tmp_path, screen=True)
+    (shown,) = zoo.tables(tmp_path)
+    names = [line.split("|")[1].strip() for line in shown.splitlines() if line.startswith("|")][2:]
+    assert names[:2] == ["none (12 steps, 3 queries)", "none (2 steps, 0 queries)"]
+    assert sorted(names[2:]) == ["`+bits:2` *", "`+bits:3`"]
+
+
+@pytest.mark.parametrize("group", sorted(zoo.GROUPS))
+def test_a_screen_is_no_more_effort_and_names_the_same_defences(group: str) -> None:
+    full = zoo.GROUPS[group]
+    screen = full.screen()
+    assert screen.defences == full.defences
+    assert (screen.steps, screen.queries, screen.targets) < (full.steps, full.queries, full.targets)
+    assert screen.draws <= full.draws

@@ -21,7 +21,7 @@ import robustvlm as rv
 from robustvlm.attacks.perturb import perturb
 from robustvlm.commands.index import entries
 from robustvlm.commands.judge import JUDGE, JudgeSettings
-from robustvlm.commands.judge.attacks import FEATURE, MODE, SHORT, UNAWARE
+from robustvlm.commands.judge.attacks import FEATURE, MODE, SHORT, TARGETED, UNAWARE
 from robustvlm.commands.judge.paper import table_of_defences, write_markdown
 from robustvlm.commands.judge.record import Judgement, ModelJudgement, as_read, compared_checks
 from robustvlm.commands.judge.view import (
@@ -465,6 +465,19 @@ def test_passes_of_the_attack_on_features_are_counted_where_a_defence_answers_fo
     assert [act.tried for act in acts] == [2, 2]
     assert acts[0].backward == acts[1].backward >= 2 * 2, "the same attack, on the same encoder"
     assert acts[1].forward - acts[0].forward == 2, "its points are shown to two views instead of one"
+
+
+@pytest.mark.parametrize("targets", [0, 1, 2])
+def test_wrong_classes_are_aimed_at_as_many_as_asked_for(place: Path, targets: int) -> None:
+    run = judge(place, "planted:plain+bits:8", f"targets-{targets}", eps="1/255", targets=targets)
+    acts = {act.name: act for act in run.summary.of("planted:plain").acts}
+    assert [name for name in acts if name.startswith(TARGETED)] == [f"{TARGETED}own"] * bool(targets)
+    if targets:  # from random points, each step of each target looks once: with them, at least so many passes
+        aimed = acts[f"{TARGETED}own"]
+        assert aimed.tried > 0
+        assert aimed.passes >= aimed.right * targets * OPTIONS["steps"]
+    assert run.summary.targets == targets
+    assert f"{targets} target{'' if targets == 1 else 's'} of APGD" in (run.folder / "report.md").read_text()
 
 
 def test_an_encoder_that_several_models_share_is_counted_once() -> None:
