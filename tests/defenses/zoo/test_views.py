@@ -9,6 +9,7 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as tv
 
+from robustvlm.defenses import load_classifier
 from robustvlm.defenses.zoo import views
 
 
@@ -79,3 +80,15 @@ def test_views_in_passes_are_views_at_once_with_the_same_gradient() -> None:
         found.append((features, torch.autograd.grad(features.sin().sum(), x)[0]))
     torch.testing.assert_close(*found)
     torch.testing.assert_close(found[0][0][:, 3], encode(views.crops(x, draws[:, 3])))
+
+
+@pytest.mark.parametrize("spec", ["tiny+vote:2", "tiny+tte:3", "tiny+csr", "tiny+rtpt:views=2"])
+def test_a_convolutional_encoder_gets_views_channels_last(spec: str) -> None:
+    model, seen = load_classifier(spec, ["apple", "dog"], ["{}"], cache=False), []
+    first = next(part for part in model.modules() if isinstance(part, torch.nn.Conv2d))
+    handle = first.register_forward_pre_hook(lambda _, given: seen.append(given[0].stride()[1]))
+    with torch.no_grad():
+        model(torch.rand(2, 3, 64, 64))
+    handle.remove()
+    assert seen
+    assert set(seen) == {1}, "a pixel's channels lie side by side"
