@@ -323,15 +323,3 @@ def same_random_state() -> Iterator[None]:
     finally:
         random.setstate(ours)
         np.random.set_state(theirs)
-
-
-def layout_of(model: nn.Module) -> torch.memory_format:
-    """Return how pixels for a model lie best: channels last for convolutional encoders, whose kernels are faster on it.
-
-    Example:
-        >>> layout_of(nn.Sequential(*(nn.Conv2d(3, 3, 3) for _ in range(4))))
-        torch.channels_last
-    """
-    spatial = [part for part in model.modules() if isinstance(part, nn.Conv2d) and max(part.kernel_size) > 1]
-    # A transformer has one such layer, which cuts the image into patches; a convolutional encoder has many.
-    return torch.channels_last if len(spatial) > 3 else torch.contiguous_format

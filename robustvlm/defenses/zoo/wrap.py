@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from robustvlm.attacks.honesty import exactly
-from robustvlm.core.boundary import layout_of
 from robustvlm.core.object_graph import fingerprint
 from robustvlm.core.size import Size
 from robustvlm.defenses.classifier import Classifier
@@ -28,11 +27,28 @@ def _wide(values: Tensor) -> Tensor:
     return values if values.dtype == torch.float64 else values.float()
 
 
-@dataclass(frozen=True)
+def laid_as(given: Tensor, pixels: Tensor) -> Tensor:
+    """Return pixels channels last where the given images are: the layout that whoever asks chose for the model.
+
+    Views and steps of a defence leave them in any layout, and the other one costs a quarter of a convolution's speed.
+    Where images come channels first nothing is moved: a defence that does nothing is the undefended model to the bit.
+
+    Example:
+        >>> given = torch.rand(2, 3, 4, 4).to(memory_format=torch.channels_last)
+        >>> laid_as(given, torch.rand(8, 3, 4, 4)).stride(1), laid_as(given.contiguous(), given).stride(1)
+        (1, 1)
+    """
+    if given.is_contiguous() or not given.is_contiguous(memory_format=torch.channels_last):
+        return pixels
+    return pixels.contiguous(memory_format=torch.channels_last)
+
+
+@dataclass(frozen=True, eq=False)
 class _BelowModel:
-    """A model as a defence asks it: an encoder, or a classifier of known classes with or without one."""
+    """A model as a defence of given images asks it: an encoder, or a classifier of known classes, maybe with one."""
 
     model: VLM | Classifier
+    given: Tensor
 
     @property
     def _vlm(self) -> VLM:
@@ -63,20 +79,16 @@ class _BelowModel:
         return _wide(found)
 
     def embed(self, pixels: Tensor) -> Tensor:
-        return _wide(self._vlm.embed_image(self._laid(pixels)))
+        return _wide(self._vlm.embed_image(laid_as(self.given, pixels)))
 
     def encode(self, pixels: Tensor) -> Tensor:
-        return _wide(self._vlm.encode_image(self._laid(pixels)))
+        return _wide(self._vlm.encode_image(laid_as(self.given, pixels)))
 
     def encode_text(self, texts: list[str]) -> Tensor:
         return _wide(self._vlm.encode_text(texts))
 
     def logits(self, pixels: Tensor) -> Tensor:
-        return _wide(self._classifier(self._laid(pixels)))
-
-    def _laid(self, pixels: Tensor) -> Tensor:
-        # Views and steps of a defence leave pixels in any layout; the wrong one costs a third of a convolution's speed.
-        return pixels.contiguous(memory_format=layout_of(self.model))
+        return _wide(self._classifier(laid_as(self.given, pixels)))
 
     def scores(self, features: Tensor) -> Tensor:
         # Under autocast the last product would lose the margins attacks turn on.
@@ -160,14 +172,15 @@ class DefendedVLM(VLM, _Mode):
 
     def _looked_at(self, ask: Callable[[Tensor], Tensor], pixels: Tensor) -> Tensor:
         assert isinstance(self.defence, PixelDefence)
-        below, pixels = _BelowModel(self.base), _wide(pixels)
-        return _looked_at(ask, *self.defence.seen(pixels, below, self.mode_in_force))
+        pixels = _wide(pixels)
+        moved, seen = self.defence.seen(pixels, _BelowModel(self.base, pixels), self.mode_in_force)
+        return _looked_at(lambda x: ask(laid_as(pixels, x)), moved, seen)
 
     def _image_features(self, pixels: Tensor) -> Tensor:
         if isinstance(self.defence, PixelDefence):
             return self._looked_at(self.base.embed_image, pixels)
         assert isinstance(self.defence, FeatureDefence)
-        return self.defence.feature(_wide(pixels), _BelowModel(self.base), self.mode_in_force)
+        return self.defence.feature(_wide(pixels), _BelowModel(self.base, pixels), self.mode_in_force)
 
     def _text_features(self, texts: list[str]) -> Tensor:
         return self.base.embed_text(texts)  # scaled to unit length by the caller: twice is not the same bits
@@ -225,8 +238,8 @@ class DefendedClassifier(Classifier, _Mode):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Return logits [B, K]."""
-        below = _BelowModel(self.inner)
         pixels = fitted(_wide(pixels), self.image_size, self.interpolation)
+        below = _BelowModel(self.inner, pixels)
         # The encoder's own precision is its own business, the defence's arithmetic is float32.
         if isinstance(self.defence, PixelDefence):
             return _looked_at(below.logits, *self.defence.seen(pixels, below, self.mode_in_force))

@@ -82,13 +82,24 @@ def test_views_in_passes_are_views_at_once_with_the_same_gradient() -> None:
     torch.testing.assert_close(found[0][0][:, 3], encode(views.crops(x, draws[:, 3])))
 
 
-@pytest.mark.parametrize("spec", ["tiny+vote:2", "tiny+tte:3", "tiny+csr", "tiny+rtpt:views=2"])
-def test_a_convolutional_encoder_gets_views_channels_last(spec: str) -> None:
-    model, seen = load_classifier(spec, ["apple", "dog"], ["{}"], cache=False), []
+@pytest.mark.parametrize("spec", ["tiny+vote:2", "tiny+tte:3", "tiny+csr", "tiny+blur:3:1", "tiny+rtpt:views=2"])
+def test_an_encoder_gets_pixels_channels_last_where_the_images_are(spec: str) -> None:
+    model = load_classifier(spec, ["apple", "dog"], ["{}"], cache=False)
     first = next(part for part in model.modules() if isinstance(part, torch.nn.Conv2d))
-    handle = first.register_forward_pre_hook(lambda _, given: seen.append(given[0].stride()[1]))
+    seen: list[Tensor] = []
+    handle = first.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
     with torch.no_grad():
-        model(torch.rand(2, 3, 64, 64))
+        model(torch.rand(2, 3, 64, 64).to(memory_format=torch.channels_last))
     handle.remove()
     assert seen
-    assert set(seen) == {1}, "a pixel's channels lie side by side"
+    assert all(pixels.stride(1) == 1 for pixels in seen)
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("off", ["vote:0", "tte:1", "bits:8", "csr:eps=0"])
+def test_what_does_nothing_is_the_undefended_convolutional_model_to_the_bit(off: str, last: bool) -> None:
+    plain, defended = (load_classifier(spec, ["apple", "dog"], ["{}"], cache=False) for spec in ("tiny", f"tiny+{off}"))
+    images = torch.randint(0, 256, (3, 3, 64, 64)) / 255
+    images = images.to(memory_format=torch.channels_last) if last else images
+    with torch.no_grad():
+        assert torch.equal(plain(images), defended(images))
