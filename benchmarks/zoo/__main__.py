@@ -66,6 +66,7 @@ GROUPS = {
     "drift": Group(20, 20, ("dbd",), screened=1, lanes=8),
 }
 SCREEN = ".screen"
+"""What the name of a file of screened figures ends with, before `.json`."""
 
 
 def judge(
@@ -103,36 +104,52 @@ def judge(
 
 def tables(out: Path) -> Iterator[str]:
     """Yield a table for every base and radius of which figures are there; p-values are by Holm over each table."""
-    found: dict[tuple[str, str], list[Judgement]] = {}
+    found: dict[tuple[str, str], tuple[list[Judgement], list[Judgement]]] = {}
     for path in sorted(out.glob("*.json")):
         label, eps, _ = path.stem.rsplit("-", 2)
-        found.setdefault((label, eps.replace("of", "/")), []).append(Judgement.model_validate_json(read_text(path)))
-    for (label, eps), judgements in found.items():
-        if len({judged.images for judged in judgements}) > 1:
+        full, screened = found.setdefault((label, eps.replace("of", "/")), ([], []))
+        judged = Judgement.model_validate_json(read_text(path))
+        (screened if path.stem.endswith(SCREEN) else full).append(judged)
+    for (label, eps), (full, screened) in found.items():
+        images = {judged.images for judged in (*full, *screened)}
+        if len(images) > 1:
             raise UserError(f"the groups of '{label}' at {eps} are of different numbers of images: judge them anew")
-        yield f"### {label}, L∞ {eps}, {judgements[0].images} images\n\n{table(judgements)}"
+        yield f"### {label}, L∞ {eps}, {images.pop()} images\n\n{table(full, screened)}"
 
 
-def table(judgements: Sequence[Judgement]) -> str:
-    """Return one Markdown table: the undefended model once for each effort, then every defence by the most effort."""
-    judgements = sorted(judgements, key=lambda judged: (judged.steps, judged.queries))
-    defended = {one.spec: one for judged in judgements for one in judged.models if one.facts.base is not None}
-    steps_of = {one.spec: judged.steps for judged in judgements for one in judged.models}
+def table(full: Sequence[Judgement], screened: Sequence[Judgement] = ()) -> str:
+    """Return one Markdown table: the undefended model once for each effort, then every defence.
+
+    What is only screened is marked with a star and has no p: the upper bound of one side tells nothing of a difference.
+    """
+    defended, little = _defended(full), _defended(screened)
     values = [one.gain.p_value for one in defended.values() if one.gain is not None]
     adjusted = dict(zip(defended, holm(values), strict=True))
-    bases = {
-        (-judged.queries, judged.steps): one for judged in judgements for one in judged.models if one.facts.base is None
+    rows = [_row(f"none ({effort})", one, {}) for effort, one in _bases(full)]
+    rows += [_row(f"none ({effort}) *", one, {}) for effort, one in _bases(screened)]
+    named = {f"`+{spec.removeprefix(f'{one.facts.base}+')}`": one for spec, one in defended.items()}
+    named |= {
+        f"`+{spec.removeprefix(f'{one.facts.base}+')}` *": one for spec, one in little.items() if spec not in defended
     }
-    rows = [
-        _row(f"none ({steps} steps, {-queries} queries)", one, {}) for (queries, steps), one in sorted(bases.items())
-    ]
-    full = max(judged.steps for judged in judgements)
-    rows += [
-        _row(f"`+{spec.removeprefix(f'{one.facts.base}+')}`" + ("" if steps_of[spec] == full else " *"), one, adjusted)
-        for spec, one in sorted(defended.items(), key=lambda item: -item[1].worst.successes)
-    ]
+    rows += [_row(name, one, adjusted) for name, one in sorted(named.items(), key=lambda it: -it[1].worst.successes)]
     heads = ["defence", "clean", "unaware: PGD", "APGD", "own label", "gradients alone", "worst", "p", "F / B"]
     return markdown(heads, rows)
+
+
+def _defended(judgements: Sequence[Judgement]) -> dict[str, ModelJudgement]:
+    return {one.spec: one for judged in judgements for one in judged.models if one.facts.base is not None}
+
+
+def _bases(judgements: Sequence[Judgement]) -> list[tuple[str, ModelJudgement]]:
+    """Return the undefended model of every effort, the most first, with what the effort is."""
+    found = {
+        (-judged.queries, judged.steps, judged.targets): one
+        for judged in judgements
+        for one in judged.models
+        if one.facts.base is None
+    }
+    ordered = sorted(found.items(), key=lambda item: (item[0][:2], item[0][2] or 0))
+    return [(f"{steps} steps, {-queries} queries", one) for (queries, steps, _), one in ordered]
 
 
 def _row(name: str, one: ModelJudgement, adjusted: Mapping[str, float]) -> list[str]:

@@ -467,17 +467,32 @@ def test_passes_of_the_attack_on_features_are_counted_where_a_defence_answers_fo
     assert acts[1].forward - acts[0].forward == 2, "its points are shown to two views instead of one"
 
 
-@pytest.mark.parametrize("targets", [0, 1, 2])
-def test_wrong_classes_are_aimed_at_as_many_as_asked_for(place: Path, targets: int) -> None:
+@pytest.mark.parametrize("targets", [0, 1, 7])
+def test_wrong_classes_are_aimed_at_as_many_as_asked_for(
+    place: Path, targets: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Any] = []
+
+    def watched(*given: Any, **options: Any) -> Any:
+        made.append(options["attack"])
+        return perturb(*given, **options)
+
+    monkeypatch.setattr("robustvlm.commands.judge.attacks.perturb", watched)
     run = judge(place, "planted:plain+bits:8", f"targets-{targets}", eps="1/255", targets=targets)
-    acts = {act.name: act for act in run.summary.of("planted:plain").acts}
+    acts = [act.name for act in run.summary.of("planted:plain").acts]
     assert [name for name in acts if name.startswith(TARGETED)] == [f"{TARGETED}own"] * bool(targets)
-    if targets:  # from random points, each step of each target looks once: with them, at least so many passes
-        aimed = acts[f"{TARGETED}own"]
-        assert aimed.tried > 0
-        assert aimed.passes >= aimed.right * targets * OPTIONS["steps"]
+    aimed = [attack for attack in made if "apgd-t" in str(attack)]
+    assert set(aimed) == ({f"apgd-t:steps=4:targets={targets}"} if targets else set())
     assert run.summary.targets == targets
-    assert f"{targets} target{'' if targets == 1 else 's'} of APGD" in (run.folder / "report.md").read_text()
+    words = f"up to {targets} wrong class{'' if targets == 1 else 'es'}" if targets else "no APGD towards wrong classes"
+    for name in ("report.md", "report.tex", "report.html"):
+        assert words in (run.folder / name).read_text()
+
+
+def test_more_points_than_can_be_looked_at_are_refused_before_any_work(place: Path) -> None:
+    with pytest.raises(UserError, match="would look at up to 2,000,000 points of every image: take fewer steps"):
+        judge(place, "planted:plain+bits:8", "too-many", steps=1000, targets=2000)
+    assert not (place / "runs" / "too-many").exists()
 
 
 def test_an_encoder_that_several_models_share_is_counted_once() -> None:

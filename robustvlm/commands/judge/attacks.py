@@ -44,6 +44,11 @@ FINER, MOST_DRAWS = 4, 20
 """An act that begins at the transferred points averages a gradient over so many times the draws, up to a most."""
 
 
+def targeted(steps: int, targets: int) -> str:
+    """Return the attack towards wrong classes, as `perturb` reads it."""
+    return f"apgd-t:steps={steps}:targets={targets}"
+
+
 class Fate(Record):
     """What came of one image in one act: whether the answer is right, and the margin, at the worst point that was met.
 
@@ -120,8 +125,8 @@ class Attacked:
         # Longer steps in less number may find what a long attack does not, and more effort must never help a defence.
         short = (f"{SHORT}{mode}" for mode in self.modes if self.steps >= SHORTER)
         started = (f"{START}{mode}" for mode in self.modes)
-        targeted = (f"{TARGETED}{self.modes[0]}",) if self.targets and len(self.model.class_names) > 2 else ()
-        return (CLEAN, *TRANSFER, *through, *feature, *short, *started, *targeted, *square)
+        aimed = (f"{TARGETED}{self.modes[0]}",) if self.targets and len(self.model.class_names) > 2 else ()
+        return (CLEAN, *TRANSFER, *through, *feature, *short, *started, *aimed, *square)
 
     @cached_property
     def probe(self) -> Probe:
@@ -196,7 +201,7 @@ class Attacked:
                 attacks = [PGDFrom(n_iter=self.steps, points=points)]
                 return self._fates(self._perturb(images, attacks, eot=self.finer_draws))
             if f"{kind}:" == TARGETED:
-                return self._fates(self._perturb(images, f"apgd-t:steps={self.steps}:targets={self.targets}"))
+                return self._fates(self._perturb(images, targeted(self.steps, self.targets)))
             if f"{kind}:" == SHORT:
                 return self._fates(self._perturb(images, f"pgd:steps={self.steps // SHORTER}"))
             margin = f"apgd-ce:steps={self.steps}:objective=margin"

@@ -10,7 +10,7 @@ from robustvlm.commands.judge.view import COLUMNS, intervals_of
 from robustvlm.core.files import write_text
 from robustvlm.defenses.zoo.base import DEFENCES, form_of
 from robustvlm.report.copies import escape_latex, escape_markdown, latex_words
-from robustvlm.report.words import DASH, ball, count_of, interval, percent, plain
+from robustvlm.report.words import DASH, ball, interval, percent, plain
 
 OWN_WORDS = "Claimed figures are those of the papers, on other models and images, and answer their own question."
 
@@ -38,8 +38,7 @@ def _markdown(summary: Judgement, manifest: Mapping[str, Any]) -> Iterator[str]:
     yield "# Test-time defences, judged"
     yield ""
     yield f"{ball(summary.norm, summary.eps_text)}. {summary.images:,} images of {_code(data)},"
-    targets = "" if summary.targets is None else f", {count_of(summary.targets, 'targets')} of APGD"
-    yield f"{summary.steps} gradient steps{targets} and {summary.queries} queries of Square. {intervals_of(summary)}"
+    yield f"{said.effort_of(summary)}. {intervals_of(summary)}"
     if aside := said.left_aside(summary):
         yield escape_markdown(aside, _LONG)
     yield ""
@@ -122,7 +121,7 @@ def _tex_lines(summary: Judgement, manifest: Mapping[str, Any]) -> Iterator[str]
     yield r"\end{tabular}"
     caption = (
         f"Our re-implementations. {ball(summary.norm, summary.eps_text)}; {summary.images:,} images of {data}, "
-        f"{summary.steps} gradient steps. Only the worst case is robust accuracy. {intervals_of(summary)}"
+        f"{said.effort_of(summary)}. Only the worst case is robust accuracy. {intervals_of(summary)}"
     )
     yield r"\caption{" + latex_words(caption) + "}"
     for found in said.defended_models(summary):

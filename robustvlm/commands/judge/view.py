@@ -247,6 +247,15 @@ def defended_models(summary: Judgement) -> list[ModelJudgement]:
     return [found for found in summary.models if found.facts.base is not None]
 
 
+def effort_of(summary: Judgement) -> str:
+    """Return how hard every attack tried: steps, wrong classes that APGD is aimed at, queries."""
+    if summary.targets is None:  # of a version before
+        return f"{summary.steps} gradient steps and {summary.queries} queries of Square"
+    wrong = count_of(summary.targets, "wrong classes")
+    aimed = f"APGD towards up to {wrong}" if summary.targets else "no APGD towards wrong classes"
+    return f"{summary.steps} gradient steps, {aimed} and {summary.queries} queries of Square"
+
+
 def figures_of(found: ModelJudgement) -> list[Rate]:
     """Return the figures of `COLUMNS`."""
     return [found.clean, *found.unaware.values(), found.own_label, found.adaptive, found.worst]
@@ -301,6 +310,7 @@ def _table(summary: Judgement) -> Iterator[doc.Block]:
     if aside := left_aside(summary):
         yield doc.Text(aside)
     yield doc.Text(
+        f"Attacks: {effort_of(summary)}. "
         "Unaware: points made on the undefended model, as most papers attack. Own label: the same, with that model's "
         "own prediction in the label's place, so that they carry no label. Adaptive: right when clean, at those "
         "points, under every gradient mode and under the attack on features. Worst: under Square too; only this is "

@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from robustvlm.attacks.catalog import parse_attacks
 from robustvlm.attacks.honesty import open_gradients
 from robustvlm.attacks.threat import ThreatModel, parse_norm, radius_or_default
 from robustvlm.commands.common.inputs import Images as Stream
@@ -299,6 +300,8 @@ def open_work(settings: JudgeSettings) -> JudgeWork:
     """Check all settings, open the data and load every model and what it stands on."""
     norm = parse_norm(settings.norm)
     text, radius = radius_or_default(settings.eps, norm, linf="4/255")
+    if settings.targets:
+        parse_attacks(attacks.targeted(settings.steps, settings.targets))  # more points than can be looked at
     place = resolve_device(settings.device)
     device = str(device_of_rank(place, current_ranks()))
     absent = tuple(_unpublished(settings))
