@@ -5,9 +5,9 @@
     python -m benchmarks.zoo --base tiny-robust --groups crops,views,draws,drift,counters --screen
     python -m benchmarks.zoo
 
-Without a base it prints the tables of what is there. A run that was stopped goes on where it was. `--screen` spends
-an eighth to a fifth: ten steps, no targets and no queries, few draws. What it leaves is an upper bound, enough to see that a
-defence adds nothing; one that seems to add something is to be judged without it.
+Without a base it prints the tables of what is there. A run that was stopped goes on where it was. `--screen` takes an
+eighth to a fifth of the time: ten steps, no targets and no queries, few draws. What it leaves is an upper bound, enough
+to see that a defence adds nothing; one that seems to add something is to be judged without it.
 """
 
 from __future__ import annotations
