@@ -5,9 +5,9 @@
     python -m benchmarks.zoo --base tiny-robust --groups crops,views,draws,drift,counters --screen
     python -m benchmarks.zoo
 
-Without a base it prints the tables of what is there. A run that was stopped goes on where it was. `--screen` takes an
-eighth to a fifth of the time: ten steps, no targets and no queries, few draws. What it leaves is an upper bound, enough
-to see that a defence adds nothing; one that seems to add something is to be judged without it.
+Without a base it prints the tables of what is there. A run that was stopped goes on where it was. `--screen` takes a
+twentieth to a fifth of the time: ten steps, no targets and no queries, few draws. What it leaves is an upper bound,
+enough to see that a defence adds nothing; one that seems to add something is to be judged without it.
 """
 
 from __future__ import annotations
@@ -121,17 +121,18 @@ def table(full: Sequence[Judgement], screened: Sequence[Judgement] = ()) -> str:
     """Return one Markdown table: the undefended model once for each effort, then every defence.
 
     What is only screened is marked with a star and has no p: the upper bound of one side tells nothing of a difference.
+    It is among those that Holm counts, as what a screen chose to be judged was chosen from all of them.
     """
-    defended, little = _defended(full), _defended(screened)
+    defended = _defended(full)
+    little = {spec: one for spec, one in _defended(screened).items() if spec not in defended}
     values = [one.gain.p_value for one in defended.values() if one.gain is not None]
-    adjusted = dict(zip(defended, holm(values), strict=True))
+    adjusted = dict(zip(defended, holm(values + [1.0] * len(little)), strict=False))
     rows = [_row(f"none ({effort})", one, {}) for effort, one in _bases(full)]
     rows += [_row(f"none ({effort}) *", one, {}) for effort, one in _bases(screened)]
-    named = {f"`+{spec.removeprefix(f'{one.facts.base}+')}`": one for spec, one in defended.items()}
-    named |= {
-        f"`+{spec.removeprefix(f'{one.facts.base}+')}` *": one for spec, one in little.items() if spec not in defended
-    }
-    rows += [_row(name, one, adjusted) for name, one in sorted(named.items(), key=lambda it: -it[1].worst.successes)]
+    rows += [
+        _row(f"`+{spec.removeprefix(f'{one.facts.base}+')}`" + " *" * (spec in little), one, adjusted)
+        for spec, one in sorted((defended | little).items(), key=lambda item: -item[1].worst.successes)
+    ]
     heads = ["defence", "clean", "unaware: PGD", "APGD", "own label", "gradients alone", "worst", "p", "F / B"]
     return markdown(heads, rows)
 

@@ -36,6 +36,10 @@ def test_what_is_only_screened_is_marked_and_has_no_p(tmp_path: Path, monkeypatc
     assert rows_of(shown) == {"none (2 steps, 0 queries) *": "", "`+bits:2` *": "", "`+bits:3` *": ""}
     judge("tiny", None, "tiny", "filters", "8/255", limit=2, out=tmp_path)
     (shown,) = zoo.tables(tmp_path)
+    counted: list[list[float]] = []
+    monkeypatch.setattr(zoo, "holm", lambda values: counted.append(list(values)) or values)
+    assert len(list(zoo.tables(tmp_path))) == 1
+    assert counted == [[1.0, 1.0]], "one that was judged, and one that was only screened beside it"
     none = ["none (12 steps, 3 queries)", "none (2 steps, 0 queries) *"]
     assert list(rows_of(shown))[:2] == none
     assert rows_of(shown) == {none[0]: "", none[1]: "", "`+bits:2` *": "", "`+bits:3`": "1"}
