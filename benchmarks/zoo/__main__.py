@@ -6,8 +6,9 @@
     python -m benchmarks.zoo
 
 Without a base it prints the tables of what is there. A run that was stopped goes on where it was. `--screen` takes a
-twentieth to a fifth of the time: ten steps, no targets and no queries, few draws. What it leaves is an upper bound,
-enough to see that a defence adds nothing; one that seems to add something is to be judged without it.
+twentieth to a fifth of the time: ten steps, no targets and no queries, few draws. What it leaves is an upper bound
+(of a random defence but for a few images, as few draws judge the transferred points), enough to see that a defence adds
+nothing; one that seems to add something is to be judged without it.
 """
 
 from __future__ import annotations
